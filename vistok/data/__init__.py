@@ -1,0 +1,1 @@
+"""Data sets, shards, cached codes, and the loader that orders their samples."""

@@ -1,0 +1,8 @@
+"""The one exception that a user causes and can mend."""
+
+
+class UserError(ValueError):
+    """Bad input from outside (a config key, a file, a flag): its message is one clear line.
+
+    Command lines print the message without a traceback and exit with code 2.
+    """

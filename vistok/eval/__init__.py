@@ -1,0 +1,1 @@
+"""Metrics with a stated protocol: ``python -m vistok.eval --help``."""

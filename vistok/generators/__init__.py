@@ -1,0 +1,1 @@
+"""Generators over tokens: a transformer backbone, an adapter for the token layout, a condition."""
