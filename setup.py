@@ -21,6 +21,7 @@ setup(
         "torch-fidelity>=0.3",
         "webdataset>=0.2.100",
         "safetensors",
+        "einops",
         "jaxtyping",
         "scikit-learn",
         "scikit-image",

@@ -77,6 +77,7 @@ class SampleOptions:
 
     Args:
         cfg_scale: guidance ``u + cfg_scale * (c - u)``; 1 is the conditional model, 0 the unconditional one.
+        guided_tokens: guide only the first positions; None guides all.
         temperature: divides the logits; 0 takes the most likely code.
         top_k: keep the k most likely codes; 0 keeps all.
         top_p: keep the smallest set of codes whose probability reaches p; 1 keeps all.
@@ -88,6 +89,7 @@ class SampleOptions:
     """
 
     cfg_scale: float = 1.0
+    guided_tokens: int | None = None
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -103,6 +105,10 @@ class SampleOptions:
             raise UserError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.cfg_scale < 0:
             raise UserError(f"cfg_scale must be at least 0, got {self.cfg_scale}")
+
+    def scale_at(self, position: int) -> float:
+        """Guidance scale of a position."""
+        return self.cfg_scale if self.guided_tokens is None or position < self.guided_tokens else 1.0
 
 
 class Tokenizer(nn.Module, ABC):

@@ -1,1 +1,1 @@
-
+"""Rectified flow as pure functions: paths, time sampling, solvers, guidance."""

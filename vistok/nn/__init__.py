@@ -1,1 +1,1 @@
-
+"""Building blocks that every model shares; each exists once."""

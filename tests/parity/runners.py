@@ -1,0 +1,269 @@
+"""What we compute for each component of the parity cases: ``RUNNERS[component](case) -> {output name: tensor}``."""
+
+import torch
+from diffusers import AutoencoderKL
+
+from vistok.checkpoint import load_strictly
+from vistok.flow.path import interpolate, target_velocity
+from vistok.flow.time import logit_normal_time, mode_time
+from vistok.generators import gpt
+from vistok.generators.sampling import filter_logits
+from vistok.interfaces import NULL_CLASS, ClassCondition, SampleOptions
+from vistok.quantizers.fsq import FSQ
+from vistok.rng import SampleRng
+from vistok.tokenizers import flextok
+from vistok.tokens import Grid2D, Tokens, TokenSpec
+
+RUNNERS = {}
+
+
+def runner(component):
+    def register(function):
+        RUNNERS[component] = function
+        return function
+
+    return register
+
+
+# ---------------------------------------------------------------------- FlexTok
+
+
+@runner("FSQ alone")
+def fsq(case):
+    quantizer = FSQ(case.config["fsq_levels"])
+    values = case.inputs["values"].clone().requires_grad_()
+    codes, ids = quantizer(values)
+    (codes * case.inputs["weight"]).sum().backward()
+    extremes = torch.tensor([0.0, 10.0, -10.0])[:, None].expand(3, quantizer.dim)
+    extreme_codes, extreme_ids = quantizer(extremes)
+    return {
+        "bounded": quantizer.bound(values),
+        "codes": codes,
+        "ids": ids,
+        "extreme_codes": extreme_codes,
+        "extreme_ids": extreme_ids,
+        "decoded": quantizer.decode(case.inputs["given_ids"]),
+        "gradient": values.grad,
+    }
+
+
+@runner("rectified-flow noising: noise levels from given draws, noised latents, target")
+def noising(case):
+    latents, noise = case.inputs["latents"], case.inputs["noise"]
+    outputs = {"target": target_velocity(latents, noise)}
+    times = {f"mode_{scale}": mode_time(case.inputs["uniform_draws"], scale) for scale in case.config["mode_scales"]}
+    times["logit_normal"] = logit_normal_time(case.inputs["normal_draws"])
+    for name, time in times.items():
+        outputs[f"sigma_{name}"] = time
+        outputs[f"noised_{name}"] = interpolate(latents, noise, time)
+    return outputs
+
+
+@runner("nested dropout and null condition on the decoder's register stream")
+def nested_dropout(case):
+    registers = case.config["registers"]
+    config = flextok.Config(num_registers=registers, decoder_width=case.config["width"], head_dim=16, decoder_depth=0)
+    decoder = flextok.Decoder(3, 1, config)
+    weights = case.weights()
+    decoder.mask_token.data = weights["decoder.module_dict.dec_nested_dropout.dropout_mask_token"]
+    decoder.null_token.data = weights["decoder.module_dict.dec_latent_dropout.nullcond"]
+    stream, keep, null = (case.inputs[name] for name in ("stream", "keep", "null"))
+    after_nested = decoder.drop(stream, keep, torch.zeros_like(null))
+    return {
+        "kept_mask": (after_nested == stream).all(-1),
+        "after_nested_dropout": after_nested,
+        "after_null": decoder.drop(stream, keep, null),
+        "keep_uniform_pow2_64": flextok.round_up_to_pow2(torch.arange(1, 65)),
+        "keep_uniform_pow2_256": flextok.round_up_to_pow2(torch.arange(1, 257)),
+        "choices_pow2": flextok.kept_tokens((torch.arange(7) + 0.5) / 7, registers, "pow2"),
+    }
+
+
+class _Latents(flextok.FlexTok):
+    """A FlexTok that is fed latents, with the published weights of a case."""
+
+    def __init__(self, case):
+        sizes = case.config
+        vae = AutoencoderKL(block_out_channels=(32,), latent_channels=sizes["latent_channels"])
+        config = flextok.Config(
+            image_size=sizes["latent_size"],
+            patch_size=sizes["patch"],
+            num_registers=sizes["registers"],
+            encoder_width=sizes["encoder"]["width"],
+            encoder_depth=sizes["encoder"]["depth"],
+            decoder_width=sizes["decoder"]["width"],
+            decoder_depth=sizes["decoder"]["depth"],
+            head_dim=sizes["encoder"]["head_dim"],
+            fsq_levels=tuple(sizes["fsq_levels"]),
+            max_timestep=sizes["time"]["max_timestep"],
+        )
+        super().__init__(config, vae)
+        weights = {key: value for key, value in case.weights().items() if not key.startswith("vae.")}
+        load_strictly(self, flextok.PUBLISHED_KEYS.to_ours(weights), case.name)
+        self.eval()
+
+
+@runner("encoder and FSQ: latents -> register outputs -> codes and ids")
+def flextok_encoder(case):
+    model = _Latents(case)
+    with torch.no_grad():
+        out = model.encoder(case.inputs["latents"])
+    codes, ids = model.quantizer(out)
+    return {"registers_out": out, "bounded": model.quantizer.bound(out), "codes": codes, "ids": ids}
+
+
+@runner(
+    "decoder: velocity for given codes, noised latents, times, kept lengths and null flags (mixed in one batch)",
+)
+def flextok_velocity(case):
+    model = _Latents(case)
+    decoder = model.decoder
+    noised, time = case.inputs["noised_latents"], case.inputs["t"].float()
+    codes = model.quantizer.decode(case.inputs["ids"])
+    keep, null = case.inputs["keep"], case.inputs["null"]
+    features = []
+    decoder.blocks[1].register_forward_hook(lambda module, args, output: features.append(output))
+    everything = torch.full_like(keep, codes.shape[1])
+    with torch.no_grad():
+        velocity = decoder(noised, time, decoder.condition(codes, keep, null))
+        all_kept = decoder(noised, time, decoder.condition(codes, everything, torch.zeros_like(null)))
+        embedding = decoder.time(time)
+    rows, columns = noised.shape[-2] // model.config.patch_size, noised.shape[-1] // model.config.patch_size
+    return {
+        "velocity": velocity,
+        "velocity_all_kept": all_kept,
+        "time_embedding": embedding,
+        "intermediate": features[0][:, : rows * columns].unflatten(1, (rows, columns)),
+    }
+
+
+@runner("training step: loss and gradients with given noise level, noise, kept lengths and null flags")
+def flextok_training(case):
+    model = _Latents(case)
+    names = ("latents", "noise", "sigma", "keep", "null")
+    latents, noise, sigma, keep, null = (case.inputs[name] for name in names)
+    report = model.velocity_loss(latents, noise, sigma.float(), keep, null)
+    report.total.backward()
+    # A weight that cannot reach the loss has no gradient of ours; the case counts it as zero.
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    published = flextok.PUBLISHED_KEYS.to_published(gradients)
+    with torch.no_grad():
+        codes, ids = model.encode(latents)
+        noised = interpolate(latents, noise, sigma.float())
+        velocity = model.decoder(noised, sigma.float(), model.decoder.condition(codes, keep, null))
+    outputs = {
+        "ids": ids,
+        "velocity": velocity,
+        "loss": report.total[None],
+        "loss_per_sample": (velocity - target_velocity(latents, noise)).square().mean((1, 2, 3)),
+        "gradient_norms": torch.stack([published[key].norm() for key in case.json["grad_keys"]]),
+    }
+    shown = case.json["shown_keys"]
+    return outputs | {f"gradient_{index}": published[key] for index, key in enumerate(shown)}
+
+
+@runner("KL autoencoder")
+def kl_autoencoder(case):
+    sizes = case.config
+    vae = AutoencoderKL(
+        block_out_channels=sizes["widths"],
+        down_block_types=["DownEncoderBlock2D"] * len(sizes["widths"]),
+        up_block_types=["UpDecoderBlock2D"] * len(sizes["widths"]),
+        layers_per_block=sizes["layers_per_block"],
+        latent_channels=sizes["latent_channels"],
+        norm_num_groups=sizes["groups"],
+        scaling_factor=sizes["scale_factor"],
+    ).eval()
+    load_strictly(vae, case.weights("vae.vae."), case.name)
+    tokenizer = flextok.FlexTok(
+        flextok.Config(image_size=64, encoder_depth=0, decoder_depth=0, num_registers=1), vae
+    )
+    scale = sizes["scale_factor"]
+    with torch.no_grad():
+        posterior = vae.encode(case.inputs["image"]).latent_dist
+        return {
+            "mean": posterior.mean,
+            "logvar": posterior.logvar,
+            "kl": posterior.kl(),
+            "latents": tokenizer.encode_latent(case.inputs["image"]),
+            "sampled": scale * (posterior.mean + posterior.std * case.inputs["noise"]),
+            "decoded": tokenizer.decode_latent(case.inputs["decode_latents"]),
+        }
+
+
+# ---------------------------------------------------------------------- LlamaGen
+
+
+def class_conditional_gpt(case):
+    sizes = case.config
+    spec = TokenSpec(Grid2D(sizes["grid"], sizes["grid"]), (sizes["vocabulary"],), 8, 16 * sizes["grid"])
+    config = gpt.Config(
+        width=sizes["width"],
+        depth=sizes["layers"],
+        heads=sizes["heads"],
+        num_classes=sizes["classes"],
+        mlp_multiple=sizes["multiple_of"],
+        rope_base=sizes["rope_base"],
+        zero_prefix_rotation=True,
+    )
+    model = gpt.build(config, spec).eval()
+    load_strictly(model, gpt.LLAMAGEN_KEYS.to_ours(case.weights()), case.name)
+    ids, labels = case.inputs["ids"][:, :, None], case.inputs["labels"]
+    forced = labels.clone()
+    forced[-1] = NULL_CLASS
+    with torch.no_grad():
+        logits = model.logits(ids, ClassCondition(forced))
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, :, 0])
+    outputs = {"logits": logits, "logsumexp": logits.logsumexp(-1), "best": logits.argmax(-1), "loss": losses[None]}
+    for name, greedy in sizes["greedy"].items():
+        interval = greedy.get("cfg_interval", -1)
+        # Step 0 of the published loop makes token 1, and token 0 is always guided.
+        guided = None if interval < 0 else interval + 2
+        options = SampleOptions(max(greedy["cfg"], 1.0), guided_tokens=guided, temperature=0)
+        length = case.json["outputs"][f"greedy_{name}"]["shape"][1]
+        rng = SampleRng.from_seed(0, len(labels))
+        outputs[f"greedy_{name}"] = generate_prefix(model, ClassCondition(labels), options, rng, length)
+    return outputs
+
+
+def generate_prefix(model, condition, options, rng, length):
+    """The first ``length`` ids: grids have no prefixes, so generation is stopped from outside."""
+
+    class Enough(Exception):
+        pass
+
+    if length == model.spec.num_positions:
+        return model.generate(condition, options, rng).ids[:, :, 0]
+    drawn = []
+    sample = model.adapter.sample
+
+    def recording(*args):
+        drawn.append(sample(*args))
+        if len(drawn) == length:
+            raise Enough
+        return drawn[-1]
+
+    model.adapter.sample = recording
+    try:
+        model.generate(condition, options, rng)
+    except Enough:
+        pass
+    finally:
+        del model.adapter.sample
+    return torch.cat(drawn, dim=1)[:, :, 0]
+
+
+RUNNERS["class-conditional GPT, small"] = class_conditional_gpt
+RUNNERS["class-conditional GPT, published size"] = class_conditional_gpt
+
+
+@runner("temperature, top-k and top-p filter")
+def sampler_filter(case):
+    outputs = {}
+    for index, setting in enumerate(case.config["settings"]):
+        logits = case.inputs["logits"] / setting["temperature"]
+        kept = filter_logits(logits, setting["top_k"], setting["top_p"])
+        outputs[f"probs_{index}"] = kept.softmax(-1)
+        outputs[f"kept_{index}"] = kept.isfinite().sum(-1)
+        outputs[f"greedy_{index}"] = kept.argmax(-1)
+    return outputs

@@ -1,0 +1,277 @@
+"""Exports: a folder that rebuilds a model with no other input; and the loading of foreign weights.
+
+    model.safetensors   weights (EMA where the run has one)
+    config.yaml         kind, name, args: what ``vistok.config.build`` needs
+    spec.json           token spec, which weights, and for a generator the tokenizer's folder and hash
+
+A run folder is an export folder, so every command line takes either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vistok.config import Component, build, read_yaml, to_yaml
+from vistok.errors import UserError
+from vistok.interfaces import Generator, Tokenizer
+from vistok.tokens import TokenSpec
+
+WEIGHTS, CONFIG, SPEC = "model.safetensors", "config.yaml", "spec.json"
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it: the final name is never half-written.
+
+    Raises:
+        UserError: if the disk refuses; what stood at ``path`` before is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+def export(
+    folder: str | Path,
+    kind: str,
+    component: Component,
+    spec: TokenSpec,
+    state_dict: Mapping[str, Tensor],
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write an export folder.
+
+    Args:
+        folder: made if absent.
+        kind: ``tokenizer`` or ``generator``.
+        component: name and full arguments of the model.
+        spec: what it emits or models.
+        state_dict: its weights.
+        extra: plain values for ``spec.json``.
+    """
+    folder = Path(folder)
+    weights = {key: value.detach().contiguous().cpu() for key, value in state_dict.items()}
+    config = to_yaml({"kind": kind, "name": component.name, "args": component.args})
+    details = json.dumps({"spec": spec.to_dict(), **(extra or {})}, indent=2)
+    write_atomically(folder / CONFIG, lambda path: _write_text(path, config))
+    write_atomically(folder / SPEC, lambda path: _write_text(path, details + "\n"))
+    write_atomically(folder / WEIGHTS, lambda path: save_file(weights, path))
+
+
+def export_info(folder: str | Path) -> dict[str, Any]:
+    """Everything an export says about itself: ``kind``, ``name``, ``args``, ``spec`` and the extras.
+
+    Raises:
+        UserError: if the folder is no complete export, naming the missing file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"checkpoint folder not found: {folder}")
+    for name in (CONFIG, SPEC, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is no export: {name} is missing (train.py writes it at every checkpoint)")
+    try:
+        details = json.loads((folder / SPEC).read_text())
+        spec = TokenSpec.from_dict(details["spec"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / SPEC} is damaged: {error}") from None
+    config = read_yaml(folder / CONFIG)
+    if config.get("kind") not in ("tokenizer", "generator"):
+        raise UserError(f"{folder / CONFIG}: kind must be tokenizer or generator, got {config.get('kind')!r}")
+    return {**config, **details, "spec": spec}
+
+
+def export_hash(folder: str | Path) -> str:
+    """SHA-256 of an export's weights and configuration, hex."""
+    export_info(folder)
+    digest = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        with open(Path(folder) / name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def load_tokenizer(folder: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
+    """The exported tokenizer, in eval mode.
+
+    Raises:
+        UserError: if the folder is no tokenizer export, or its weights are truncated or foreign.
+    """
+    info = _info_of_kind(folder, "tokenizer")
+    model = build("tokenizers", Component(info["name"], info["args"]), where=str(Path(folder) / CONFIG))
+    return _with_weights(model, folder, device)
+
+
+def load_generator(folder: str | Path, device: str | torch.device = "cpu") -> Generator:
+    """The exported generator, in eval mode; raises as :func:`load_tokenizer`."""
+    info = _info_of_kind(folder, "generator")
+    component = Component(info["name"], info["args"])
+    model = build("generators", component, info["spec"], where=str(Path(folder) / CONFIG))
+    return _with_weights(model, folder, device)
+
+
+def tokenizer_folder(generator_folder: str | Path) -> Path:
+    """The tokenizer that an exported generator was trained on: its recorded folder, wherever both have moved together.
+
+    Raises:
+        UserError: if it is gone, or is not the tokenizer whose hash the generator recorded.
+    """
+    info = _info_of_kind(generator_folder, "generator")
+    recorded = Path(info["tokenizer"])
+    folder = recorded if recorded.is_absolute() else Path(generator_folder) / recorded
+    if not folder.is_dir():
+        raise UserError(f"{generator_folder}: its tokenizer is not at {folder}; give it with --tokenizer")
+    if export_hash(folder) != info["tokenizer_hash"]:
+        raise UserError(
+            f"{folder} is not the tokenizer that {generator_folder} was trained on (hash "
+            f"{export_hash(folder)[:12]}, expected {info['tokenizer_hash'][:12]}): it was retrained or replaced"
+        )
+    return folder
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        UserError: if it is missing, truncated or something else.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"weights not found: {path}") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no complete safetensors file: {error}") from None
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Load ``state`` into ``model``; every key must be there with its shape, and nothing else.
+
+    Raises:
+        UserError: naming the first offending keys and shapes.
+    """
+    own = model.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    foreign = sorted(state.keys() - own.keys())
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems = [f"{len(keys)} {what} ({_some(keys)})" for what, keys in (("missing", missing), ("foreign", foreign)) if keys]
+    problems += [f"{len(shapes)} of another shape ({_some(shapes)})"] if shapes else []
+    if problems:
+        raise UserError(f"{source} does not fit {type(model).__name__}: keys {'; '.join(problems)}")
+    model.load_state_dict(state, strict=True)
+
+
+# ---------------------------------------------------------------------- foreign layouts
+
+
+@dataclass(frozen=True)
+class KeyRule:
+    """How one tensor of ours (``{i}`` stands for a number) is made of published ones.
+
+    Args:
+        ours: our key.
+        theirs: published keys, concatenated along the first dimension (equal parts on the way back).
+        forward: applied to the concatenation; with ``inverse`` for the way back.
+        inverse: undoes ``forward``.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    forward: Callable[[Tensor], Tensor] | None = None
+    inverse: Callable[[Tensor], Tensor] | None = None
+
+
+class KeyMap:
+    """A named, invertible map between a published state-dict layout and ours.
+
+    Args:
+        name: for error messages.
+        rules: one for each kind of tensor.
+    """
+
+    def __init__(self, name: str, rules: list[KeyRule]) -> None:
+        self.name, self.rules = name, rules
+
+    def to_ours(self, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our state dict.
+
+        Raises:
+            UserError: for published keys that no rule reads, or parts of a rule that are missing.
+        """
+        ours, used = {}, set()
+        for rule in self.rules:
+            for number in _numbers(rule.theirs[0], published):
+                parts = [key.replace("{i}", number) for key in rule.theirs]
+                if absent := [key for key in parts if key not in published]:
+                    raise UserError(f"{self.name}: {_some(absent)} missing")
+                used.update(parts)
+                value = torch.cat([published[key] for key in parts]) if len(parts) > 1 else published[parts[0]]
+                ours[rule.ours.replace("{i}", number)] = rule.forward(value) if rule.forward else value
+        if foreign := sorted(published.keys() - used):
+            raise UserError(f"{self.name}: unknown key(s) {_some(foreign)}")
+        return ours
+
+    def to_published(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The published state dict; inverse of :meth:`to_ours`, raises alike."""
+        published, used = {}, set()
+        for rule in self.rules:
+            for number in _numbers(rule.ours, ours):
+                key = rule.ours.replace("{i}", number)
+                used.add(key)
+                value = rule.inverse(ours[key]) if rule.inverse else ours[key]
+                parts = value.chunk(len(rule.theirs)) if len(rule.theirs) > 1 else [value]
+                published.update({name.replace("{i}", number): part for name, part in zip(rule.theirs, parts)})
+        if foreign := sorted(ours.keys() - used):
+            raise UserError(f"{self.name}: unknown key(s) {_some(foreign)}")
+        return published
+
+
+def _numbers(pattern: str, keys: Mapping[str, Any]) -> list[str]:
+    """Values of ``{i}`` for which ``pattern`` names one of ``keys`` ([""] for a pattern without ``{i}``)."""
+    if "{i}" not in pattern:
+        return [""] if pattern in keys else []
+    expression = re.compile(re.escape(pattern).replace(r"\{i\}", r"(\d+)"))
+    return [match.group(1) for key in keys if (match := expression.fullmatch(key))]
+
+
+# ---------------------------------------------------------------------- helpers
+
+
+def _info_of_kind(folder: str | Path, kind: str) -> dict[str, Any]:
+    info = export_info(folder)
+    if info["kind"] != kind:
+        raise UserError(f"{folder} holds a {info['kind']} ({info['name']}), expected a {kind}")
+    return info
+
+
+def _with_weights(model: Any, folder: str | Path, device: str | torch.device) -> Any:
+    load_strictly(model, load_weights(Path(folder) / WEIGHTS), Path(folder) / WEIGHTS)
+    return model.to(device).eval()
+
+
+def _some(items: list[str], most: int = 3) -> str:
+    return ", ".join(items[:most]) + (", ..." if len(items) > most else "")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)

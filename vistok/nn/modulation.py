@@ -1,0 +1,76 @@
+"""Conditioning on a vector: timestep embedding and adaLN-zero (DiT, Peebles & Xie 2023, section 3.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of a time in [0, 1], then two linear layers.
+
+    Args:
+        width: channels of the result.
+        size: number of sinusoids, cosines first.
+        base: ratio of the highest to the lowest frequency.
+        max_timestep: the time that 1000 phase units stand for; 1 for times in [0, 1].
+    """
+
+    def __init__(self, width: int, size: int = 256, base: float = 256.0, max_timestep: float = 1.0) -> None:
+        super().__init__()
+        half = size // 2
+        frequencies = 1000.0 / max_timestep * torch.exp(-math.log(base) * torch.arange(half) / half)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, time: Float[Tensor, " B"]) -> Float[Tensor, "B D"]:
+        """Embedding of ``time``; the phases are float32 under any autocast (they reach hundreds of radians)."""
+        phases = time.float()[:, None] * self.frequencies.float()
+        return self.mlp(torch.cat([phases.cos(), phases.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class AdaLN(nn.Module):
+    """Shifts, scales and gates of a condition, zero at initialisation.
+
+    Args:
+        condition_dim: channels of the condition.
+        width: channels to modulate.
+        chunks: vectors for each segment (6 for a block, 2 for a head).
+        segments: parts of the sequence with vectors of their own.
+    """
+
+    def __init__(self, condition_dim: int, width: int, chunks: int, segments: int = 1) -> None:
+        super().__init__()
+        self.shape = (segments, chunks * width)
+        self.chunks = chunks
+        self.linear = nn.Linear(condition_dim, segments * chunks * width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero, so that a modulated block starts as the identity."""
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(
+        self, condition: Float[Tensor, "B C"], lengths: Sequence[int] | None = None
+    ) -> tuple[Float[Tensor, "B N D"], ...]:
+        """The vectors for each position.
+
+        Args:
+            condition: the conditioning vectors.
+            lengths: positions of each segment; None for one segment, whose vectors broadcast (N = 1).
+        """
+        vectors = self.linear(nn.functional.silu(condition)).unflatten(-1, self.shape)
+        if lengths is not None:
+            parts = zip(vectors.split(1, dim=1), lengths, strict=True)
+            vectors = torch.cat([part.expand(-1, length, -1) for part, length in parts], dim=1)
+        return vectors.chunk(self.chunks, dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``x * (1 + scale) + shift``."""
+    return torch.addcmul(shift, x, 1 + scale)
