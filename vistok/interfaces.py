@@ -77,11 +77,11 @@ class SampleOptions:
 
     Args:
         cfg_scale: guidance ``u + cfg_scale * (c - u)``; 1 is the conditional model, 0 the unconditional one.
-        guided_tokens: guide only the first positions; None guides all.
         temperature: divides the logits; 0 takes the most likely code.
         top_k: keep the k most likely codes; 0 keeps all.
         top_p: keep the smallest set of codes whose probability reaches p; 1 keeps all.
         num_tokens: positions to generate; only ordered layouts may ask for fewer than all.
+        guided_tokens: guide only the first positions; None guides all.
         use_cache: keep keys and values of past positions (off only to check or time the cache).
 
     Raises:
@@ -89,11 +89,11 @@ class SampleOptions:
     """
 
     cfg_scale: float = 1.0
-    guided_tokens: int | None = None
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     num_tokens: int | None = None
+    guided_tokens: int | None = None
     use_cache: bool = True
 
     def __post_init__(self) -> None:

@@ -1,0 +1,42 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+DEMO := runs/demo
+
+.PHONY: help install demo test lint format features clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+install: $(INSTALLED)  ## make .venv and install vistok with everything it needs
+
+$(INSTALLED): setup.py pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found (make PYTHON=...)" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: vistok needs Python 3.11 or newer" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch torchvision
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: install  ## train FlexTok and a GPT on digits, sample, measure; results in runs/demo/
+	@$(BIN)/python train.py --config configs/digits/flextok.yaml output=$(DEMO)/tokenizer resume=auto
+	@$(BIN)/python train.py --config configs/digits/gpt.yaml tokenizer=$(DEMO)/tokenizer output=$(DEMO)/generator resume=auto
+	@$(BIN)/python -m vistok.eval reconstruction --checkpoint $(DEMO)/tokenizer --data digits --out $(DEMO)
+	@$(BIN)/python -m vistok.eval generation --checkpoint $(DEMO)/generator --data digits --count 500 --cfg-scale 2 --out $(DEMO)
+	@$(BIN)/python -m vistok.eval report --run $(DEMO)
+
+test: install  ## run the whole test suite
+	$(BIN)/python -m pytest
+
+lint: install  ## ruff format --check, ruff check, mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install  ## rewrite the code in the house style
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove runs, caches and the environment
+	rm -rf .venv runs samples .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -1,0 +1,133 @@
+"""The laws of ``vistok.interfaces.Generator``, for every registered generator on every layout it accepts."""
+
+import math
+
+import pytest
+import torch
+from conftest import SPECS, make_generator
+from tiny_models.args import TINY_ARGS
+
+from vistok.checkpoint import export, load_generator
+from vistok.config import Component, available, build
+from vistok.errors import UserError
+from vistok.interfaces import NULL_CLASS, ClassCondition, SampleOptions
+from vistok.rng import SampleRng
+from vistok.tokens import Ordered1D, Tokens
+
+
+def test_every_generator_has_a_tiny_size():
+    assert available("generators") == sorted(TINY_ARGS["generators"])
+
+
+def random_tokens(spec, count=4, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    slots = [torch.randint(0, size, (count, spec.num_positions), generator=rng) for size in spec.vocab_sizes]
+    return Tokens(torch.stack(slots, dim=-1), spec)
+
+
+CLASSES = ClassCondition(torch.tensor([0, 3, 9, NULL_CLASS]))
+
+
+@pytest.mark.parametrize("name", available("generators"))
+def test_a_generator_accepts_some_layout_and_says_why_it_refuses_another(name):
+    accepted = 0
+    for spec in SPECS.values():
+        try:
+            type(make_generator(name, spec)).check(spec)
+            accepted += 1
+        except UserError as refusal:
+            assert len(str(refusal).split()) > 5, "a refusal is a sentence with its reason"
+    assert accepted
+
+
+def test_a_fresh_loss_is_the_log_of_the_vocabulary(generator):
+    fresh = build("generators", Component(*tiny_component(generator)), generator.spec)
+    report = fresh(random_tokens(generator.spec), CLASSES, torch.Generator().manual_seed(0))
+    expected = sum(map(math.log, generator.spec.vocab_sizes)) / generator.spec.num_slots
+    assert report.total.item() == pytest.approx(expected, abs=0.1)
+
+
+def test_loss_is_reproducible_and_reaches_every_parameter(generator):
+    generator.train()
+    tokens, condition = random_tokens(generator.spec, 64), ClassCondition(torch.arange(64) % 10)
+
+    def report():
+        torch.manual_seed(0)
+        return generator(tokens, condition, torch.Generator().manual_seed(0))
+
+    first, second = report(), report()
+    assert torch.equal(first.total, second.total)
+    torch.testing.assert_close(first.total, sum(first.terms.values()))
+    first.total.backward()
+    silent = [n for n, p in generator.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not silent
+
+
+def test_samples_are_legal_and_reproducible(generator):
+    options = SampleOptions(cfg_scale=2.0, top_p=0.9)
+    first = generator.generate(CLASSES, options, SampleRng.from_seed(0, 4))
+    assert first.ids.shape == (4, generator.spec.num_positions, generator.spec.num_slots)
+    assert torch.equal(first.ids, generator.generate(CLASSES, options, SampleRng.from_seed(0, 4)).ids)
+    assert not torch.equal(first.ids, generator.generate(CLASSES, options, SampleRng.from_seed(1, 4)).ids)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_cache_changes_nothing(generator, scale):
+    cached, uncached = (
+        generator.generate(CLASSES, SampleOptions(cfg_scale=scale, use_cache=use), SampleRng.from_seed(0, 4))
+        for use in (True, False)
+    )
+    assert torch.equal(cached.ids, uncached.ids)
+
+
+def test_a_sample_does_not_depend_on_its_batch(generator):
+    options = SampleOptions(cfg_scale=2.0)
+    together = generator.generate(CLASSES, options, SampleRng.from_seed(5, 4))
+    for row in range(4):
+        alone = generator.generate(CLASSES[row : row + 1], options, SampleRng.from_seed(5, 1, start=row))
+        assert torch.equal(together.ids[row : row + 1], alone.ids)
+
+
+def test_a_shorter_code_is_a_prefix_of_a_longer_one(generator):
+    options = SampleOptions(num_tokens=2)
+    if not isinstance(generator.spec.layout, Ordered1D):
+        with pytest.raises(UserError, match="prefix"):
+            generator.generate(CLASSES, options, SampleRng.from_seed(0, 4))
+        return
+    short = generator.generate(CLASSES, options, SampleRng.from_seed(0, 4))
+    full = generator.generate(CLASSES, SampleOptions(), SampleRng.from_seed(0, 4))
+    assert torch.equal(short.ids, full.ids[:, :2])
+
+
+def test_guidance_at_the_ends_of_its_scale(generator):
+    rng = [SampleRng.from_seed(0, 4) for _ in range(2)]
+    unconditional = generator.generate(CLASSES.null(), SampleOptions(), rng[0])
+    assert torch.equal(generator.generate(CLASSES, SampleOptions(cfg_scale=0.0), rng[1]).ids, unconditional.ids)
+    conditional = generator.generate(CLASSES, SampleOptions(), SampleRng.from_seed(0, 4))
+    assert not torch.equal(conditional.ids[:3], unconditional.ids[:3])
+
+
+def test_progress_counts_every_position(generator):
+    seen = []
+    generator.generate(CLASSES, SampleOptions(), SampleRng.from_seed(0, 4), progress=seen.append)
+    assert sum(seen) == generator.spec.num_positions
+
+
+@pytest.mark.parametrize("class_id", [10, -2])
+def test_a_class_outside_the_range_is_refused(generator, class_id):
+    with pytest.raises(UserError, match=r"0\.\.9"):
+        generator.generate(ClassCondition(torch.tensor([class_id])), SampleOptions(), SampleRng.from_seed(0, 1))
+
+
+def test_export_round_trip(generator, tmp_path):
+    component = Component(*tiny_component(generator))
+    export(tmp_path, "generator", component, generator.spec, generator.state_dict())
+    loaded = load_generator(tmp_path)
+    options = SampleOptions(cfg_scale=1.5)
+    samples = [model.generate(CLASSES, options, SampleRng.from_seed(0, 4)).ids for model in (loaded, generator)]
+    assert torch.equal(*samples)
+
+
+def tiny_component(generator):
+    name = type(generator).__module__.rsplit(".", 1)[-1]
+    return name, TINY_ARGS["generators"][name]

@@ -1,0 +1,55 @@
+"""Imports point down only (the rooms of the house)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import vistok
+from vistok.config import available
+
+ROOT = Path(vistok.__file__).parent
+BASE = {"errors", "tokens", "rng", "interfaces", "config", "checkpoint", "cli"}
+PARTS = {"nn", "quantizers", "flow", "losses"}
+ALLOWED = {
+    "errors": set(),
+    "rng": set(),
+    "tokens": {"errors"},
+    "interfaces": {"errors", "rng", "tokens"},
+    "config": {"errors"},
+    "cli": {"errors"},
+    "checkpoint": {"errors", "tokens", "interfaces", "config"},
+    **{part: BASE | PARTS for part in PARTS},
+    "tokenizers": BASE | PARTS,
+    "generators": BASE | PARTS,
+    "merging": BASE | PARTS,
+    "data": BASE,
+    "eval": BASE | {"data", "pipeline"},
+    "pipeline": BASE | {"eval"},
+    "training": BASE | {"nn", "data", "eval", "pipeline"},
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"vistok.{a.name}" for a in node.names] if node.module == "vistok" else [node.module]
+        yield from (name.split(".")[1] for name in names if name.startswith("vistok."))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_only_what_lies_below_it(path):
+    relative = path.relative_to(ROOT)
+    if relative.name == "__init__.py" and len(relative.parts) == 1:
+        return
+    room = relative.parts[0].removesuffix(".py")
+    foreign = set(imports(path)) - ALLOWED[room] - {room}
+    assert not foreign, f"{relative} imports {sorted(foreign)}"
+
+
+def test_the_training_room_names_no_model():
+    names = {*available("tokenizers"), *available("generators")}
+    for path in [*(ROOT / "training").glob("*.py"), *(ROOT / "eval").glob("*.py"), *(ROOT / "data").glob("*.py")]:
+        words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not words & names, f"{path.name} names {words & names}"
