@@ -31,7 +31,7 @@ from vistok.tokens import TokenSpec
 WEIGHTS, CONFIG, SPEC = "model.safetensors", "config.yaml", "spec.json"
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it: the final name is never half-written.
 
     Raises:
@@ -174,7 +174,9 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str | P
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
-    problems = [f"{len(keys)} {what} ({_some(keys)})" for what, keys in (("missing", missing), ("foreign", foreign)) if keys]
+    problems = [
+        f"{len(keys)} {what} ({_some(keys)})" for what, keys in (("missing", missing), ("foreign", foreign)) if keys
+    ]
     problems += [f"{len(shapes)} of another shape ({_some(shapes)})"] if shapes else []
     if problems:
         raise UserError(f"{source} does not fit {type(model).__name__}: keys {'; '.join(problems)}")

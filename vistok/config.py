@@ -123,7 +123,9 @@ def component_module(kind: str, name: str) -> ModuleType:
             raise
         module = None
     if module is None or not hasattr(module, "build"):
-        raise UserError(f"no {kind[:-1] if kind.endswith('s') else kind} named {name!r}{_nearest(name, available(kind))}")
+        raise UserError(
+            f"no {kind[:-1] if kind.endswith('s') else kind} named {name!r}{_nearest(name, available(kind))}"
+        )
     return module
 
 

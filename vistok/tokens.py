@@ -129,10 +129,10 @@ class Tokens:
         legal = 1 <= positions <= spec.num_positions if self.is_ordered else positions == spec.num_positions
         if not legal or slots != spec.num_slots:
             raise UserError(
-                f"token ids of shape {(batch, positions, slots)} do not fit {spec.layout} "
-                f"with {spec.num_slots} slot(s)"
+                f"token ids of shape {(batch, positions, slots)} do not fit {spec.layout} with {spec.num_slots} slot(s)"
             )
-        if batch and not ids.is_meta:
+        # Reading values back would break a compiled graph.
+        if batch and not ids.is_meta and not torch.compiler.is_compiling():
             sizes = torch.tensor(spec.vocab_sizes, device=ids.device)
             if bool(((ids < 0) | (ids >= sizes)).any()):
                 raise UserError(

@@ -175,9 +175,7 @@ def kl_autoencoder(case):
         scaling_factor=sizes["scale_factor"],
     ).eval()
     load_strictly(vae, case.weights("vae.vae."), case.name)
-    tokenizer = flextok.FlexTok(
-        flextok.Config(image_size=64, encoder_depth=0, decoder_depth=0, num_registers=1), vae
-    )
+    tokenizer = flextok.FlexTok(flextok.Config(image_size=64, encoder_depth=0, decoder_depth=0, num_registers=1), vae)
     scale = sizes["scale_factor"]
     with torch.no_grad():
         posterior = vae.encode(case.inputs["image"]).latent_dist

@@ -7,6 +7,7 @@ TINY_ARGS = {
     "tokenizers": {
         "flextok": {
             "image_size": 16,
+            "vae": None,
             "patch_size": 4,
             "num_registers": 8,
             "encoder_width": 32,

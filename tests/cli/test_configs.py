@@ -1,0 +1,80 @@
+"""Every shipped YAML: it loads as it is, says what it should in its header, and trains two tiny steps on the CPU."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_models.args import TINY_ARGS
+from tiny_models.runs import ROOT, read_state
+
+from vistok.checkpoint import export_info, load_generator, load_tokenizer
+from vistok.config import Component
+from vistok.training.run import DataConfig, LogConfig, RunConfig, load_config, train
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+HEADER = ("python train.py --config {path}", "hardware:", "time:", "expected:", "verified:")
+
+
+def tiny(kind: str, component: Component) -> Component:
+    return Component(component.name, {**component.args, **TINY_ARGS[kind][component.name]})
+
+
+def shrunk(config: RunConfig, output: Path) -> RunConfig:
+    """The run at the size of a test: two updates of tiny models on digits, everything else as in the file."""
+    if config.generator is None:
+        tokenizer = tiny("tokenizers", Component(**config.tokenizer))
+        config = replace(config, tokenizer={"name": tokenizer.name, "args": tokenizer.args})
+    else:
+        config = replace(config, generator=tiny("generators", config.generator))
+    length = {"max_updates": 2, "max_images": None, "max_epochs": None}
+    place = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "compile": False}
+    trainer = replace(config.trainer, **length, **place, accumulate=1)
+    return replace(
+        config,
+        output=str(output),
+        data=DataConfig("digits", batch_size=2),
+        trainer=trainer,
+        log=LogConfig(every_updates=1, pictures_every_updates=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A tiny trained tokenizer for the generators' configs."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "run.yaml").write_text(
+        "tokenizer: {name: flextok}\ndata: {name: digits}\ntrainer: {max_updates: 2}\noutput: x"
+    )
+    train(shrunk(load_config(folder / "run.yaml", []), folder / "out"))
+    return folder / "out"
+
+
+def load(path: Path, tokenizer: Path) -> RunConfig:
+    is_generator = any(line.startswith("generator:") for line in path.read_text().splitlines())
+    return load_config(path, [f"tokenizer={tokenizer}"] if is_generator else [])
+
+
+def test_configs_are_shipped():
+    assert CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_config_trains_two_tiny_steps(path, tmp_path, tokenizer):
+    config = load(path, tokenizer)
+    train(shrunk(config, tmp_path / "run"))
+    assert read_state(tmp_path / "run")["updates"] == 2
+    assert list((tmp_path / "run" / "pictures").glob("*.png"))
+    model = (load_tokenizer if config.generator is None else load_generator)(tmp_path / "run")
+    assert model.spec == export_info(tmp_path / "run")["spec"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_header_says_command_hardware_time_expectation_and_what_was_verified(path):
+    comments = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        comments.append(line)
+    header = "\n".join(comments)
+    missing = [part for part in HEADER if part.format(path=path.relative_to(ROOT)) not in header]
+    assert not missing, f"the header of {path} lacks {missing}"

@@ -1,0 +1,57 @@
+"""Runs of the tiny models on digits, on the CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from vistok.training.run import RunConfig, load_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def tiny_yaml(folder: Path) -> Path:
+    """A config file: 8 updates of the tiny tokenizer, output in ``folder/run``."""
+    path = folder / "tiny.yaml"
+    config = {
+        "output": str(folder / "run"),
+        "tokenizer": {"name": "tiny_models.tokenizer"},
+        "data": {"name": "digits", "batch_size": 4},
+        "optim": {"lr": 1e-2, "warmup_updates": 2},
+        "trainer": {"max_updates": 8, "accelerator": "cpu", "val_every_updates": 4},
+        "log": {"every_updates": 1, "pictures_every_updates": 100},
+        "checkpoint": {"every_updates": 100},
+    }
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def tiny_run(folder: Path, *overrides: str) -> RunConfig:
+    """The run of :func:`tiny_yaml`, with ``key=value`` overrides."""
+    return load_config(tiny_yaml(folder), list(overrides))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Everything that a run left to go on from."""
+    return torch.load(folder / "last.ckpt", weights_only=True)
+
+
+def start_process(*command: str) -> subprocess.Popen:
+    """``python COMMAND`` at the root of the repository, with the tiny models importable."""
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=env,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
