@@ -1,0 +1,184 @@
+from collections import Counter
+
+import pytest
+import torch
+from torchvision.transforms.functional import gaussian_blur
+
+from vistok.data import shapes
+from vistok.data.shapes import COLORS, HELD_OUT, RADII, RELATIONS, SHAPES, SceneObject, detect, render, satisfies
+from vistok.errors import UserError
+
+
+def make(split="train", size=32, **config):
+    return shapes.build(shapes.Config(**config), split, size)
+
+
+def kinds(objects):
+    return Counter((thing.shape, thing.color, thing.size) for thing in objects)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_detector_reads_clean_images_exactly(size, split):
+    world = make(split, size)
+    right = 0
+    for index in range(500):
+        scene = world.scene(index)
+        found = detect(world.get(index)["image"])
+        right += kinds(found) == kinds(scene.objects)
+        for thing in found:
+            distances = [max(abs(thing.x - other.x), abs(thing.y - other.y)) for other in scene.objects]
+            assert min(distances) * size < 0.25
+    assert right == 500 if size == 64 else right >= 495
+
+
+def test_the_detector_bears_noise_and_blur():
+    world = make("val", 64)
+    for index in range(50):
+        image, want = world.get(index)["image"], kinds(world.scene(index).objects)
+        noise = 0.1 * torch.randn(image.shape, generator=torch.Generator().manual_seed(index))
+        assert kinds(detect((image + noise).clamp(-1, 1))) == want
+        assert kinds(detect(gaussian_blur(image, 5, 1.0))) == want
+
+
+def test_the_detector_finds_nothing_where_nothing_is():
+    generator = torch.Generator().manual_seed(0)
+    assert detect(torch.zeros(3, 32, 32)) == []
+    assert detect(torch.rand(3, 32, 32, generator=generator) * 2 - 1) == []
+    # A bar across the image is none of the shapes.
+    image = torch.full((3, 32, 32), -0.8)
+    image[0, 10:14] = 1
+    assert detect(image) == []
+
+
+def test_the_world_depends_on_seed_split_and_index_alone():
+    assert torch.equal(make().get(5)["image"], make().get(5)["image"])
+    assert make().scene(5) == make(train_count=10).scene(5)
+    assert make().scene(5) != make(seed=1).scene(5)
+    assert make().scene(5) != make("val").scene(5)
+    assert len({make().scene(i).caption + str(make().scene(i).objects) for i in range(200)}) == 200
+
+
+def test_held_out_pairs_are_never_trained_on_and_all_validated():
+    trained = {(thing.shape, thing.color) for i in range(4000) for thing in make().scene(i).objects}
+    validated = {(thing.shape, thing.color) for i in range(1000) for thing in make("val").scene(i).objects}
+    everything = {(shape, color) for shape in SHAPES for color in COLORS}
+    assert trained == everything - HELD_OUT
+    assert validated == everything
+    assert len(HELD_OUT) == len({color for _, color in HELD_OUT}) == 6
+
+
+def test_objects_lie_inside_and_apart():
+    for i in range(500):
+        objects = make().scene(i).objects
+        assert 1 <= len(objects) <= 3
+        for n, a in enumerate(objects):
+            assert a.radius <= min(a.x, a.y, 1 - a.x, 1 - a.y)
+            for b in objects[:n]:
+                assert ((a.x - b.x) ** 2 + (a.y - b.y) ** 2) ** 0.5 > a.radius + b.radius
+
+
+def test_captions_are_true():
+    """Every word of a caption is checked against the scene it describes."""
+    singular = {**{shape: shape for shape in SHAPES}, **{f"{shape}s": shape for shape in SHAPES}, "crosses": "cross"}
+    seen = Counter()
+    for index in range(1500):
+        scene = make().scene(index)
+        words = scene.caption.replace(",", "").split()
+        named = [singular[word] for word in words if word in singular]
+        if words[0] in ("two", "three"):
+            assert len(kinds(scene.objects)) == 1
+            assert len(scene.objects) == {"two": 2, "three": 3}[words[0]]
+            assert named == [scene.objects[0].shape]
+        else:
+            assert named == [thing.shape for thing in scene.objects]
+        for name in ("color", "size"):
+            said = [word for word in words if word in (COLORS if name == "color" else RADII)]
+            assert said in ([], [getattr(thing, name) for thing in scene.objects][: len(named)])
+        for relation in RELATIONS:
+            if relation in scene.caption:
+                assert relation in shapes.relations(*scene.objects)
+        seen.update(words)
+    assert seen.keys() >= {*COLORS, *RADII, "a", "an", "and", "two", "three", "left", "right", "above", "below"}
+    assert make().get(3)["text"] == make().scene(3).caption
+
+
+def test_the_label_is_the_first_shape():
+    world = make()
+    for index in range(20):
+        assert world.class_names[world.get(index)["label"]] == world.scene(index).objects[0].shape
+
+
+def circle(x, y, color="red", size="small"):
+    return SceneObject("circle", color, size, x, y)
+
+
+def square(x, y, color="blue", size="small"):
+    return SceneObject("square", color, size, x, y)
+
+
+def test_relations_follow_the_rule_of_geneval():
+    assert shapes.relations(circle(0.2, 0.5), square(0.8, 0.5)) == ["left of"]
+    assert shapes.relations(square(0.8, 0.5), circle(0.2, 0.5)) == ["right of"]
+    assert shapes.relations(circle(0.5, 0.2), square(0.5, 0.8)) == ["above"]
+    assert shapes.relations(circle(0.8, 0.8), square(0.2, 0.2)) == ["right of", "below"]
+    assert shapes.relations(circle(0.5, 0.5), square(0.5, 0.51)) == []
+
+
+def test_every_clause_counts():
+    scene = [circle(0.2, 0.5), square(0.8, 0.5), circle(0.2, 0.8)]
+    one = {"class": "circle", "count": 1}
+    two = {"class": "circle", "count": 2}
+    assert satisfies(scene, {"include": [two]})
+    assert not satisfies(scene, {"include": [{"class": "circle", "count": 3}]})
+    assert satisfies(scene, {"include": [two], "exclude": [{"class": "circle", "count": 3}]})
+    assert not satisfies(scene, {"include": [one], "exclude": [two]})
+    assert satisfies(scene, {"include": [{**one, "color": "red"}]})
+    assert not satisfies(scene, {"include": [{**one, "color": "blue"}]})
+    left = {**two, "position": ["left of", 0]}
+    assert satisfies(scene, {"include": [{"class": "square", "count": 1}, left]})
+    assert not satisfies(scene, {"include": [one, {"class": "square", "count": 1, "position": ["left of", 0]}]})
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_six_tasks_of_geneval(split):
+    tasks = shapes.geneval_prompts(split)
+    assert list(tasks) == ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+    for tag, prompts in tasks.items():
+        assert 6 <= len(prompts) <= 120
+        assert len({prompt for prompt, _ in prompts}) == len(prompts)
+        for prompt, requirement in prompts:
+            assert (requirement["tag"], requirement["prompt"]) == (tag, prompt)
+    for tag in ("colors", "color_attr"):
+        clauses = [clause for _, requirement in tasks[tag] for clause in requirement["include"]]
+        assert all(((c["class"], c["color"]) in HELD_OUT) == (split == "val") for c in clauses)
+    assert dict(tasks["counting"])["three crosses"]["exclude"] == [{"class": "cross", "count": 4}]
+    position = dict(tasks["position"])["a circle left of a square"]
+    assert position["include"][1] == {"class": "circle", "count": 1, "position": ["left of", 0]}
+
+
+def test_an_image_is_scored_from_its_pixels():
+    things = (circle(0.2, 0.5), square(0.7, 0.5, color="green", size="large"))
+    image = render(shapes.Scene(things, 0.1, ""), 64)
+    prompts = {prompt: need for task in shapes.geneval_prompts("train").values() for prompt, need in task}
+    assert {prompt for prompt, need in prompts.items() if shapes.score(image, need)} - {
+        # color_attr is a sample of all pairs, which may hold this one
+        "a red circle and a green square",
+        "a green square and a red circle",
+    } == {
+        "a circle",
+        "a square",
+        "a circle and a square",
+        "a square and a circle",
+        "a red circle",
+        "a green square",
+        "a circle left of a square",
+        "a square right of a circle",
+    }
+
+
+def test_bad_sizes_are_refused():
+    with pytest.raises(UserError, match="at least 24, got 16"):
+        make(size=16)
+    with pytest.raises(UserError, match="max_objects 1 to 3"):
+        make(max_objects=9)

@@ -1,0 +1,133 @@
+"""``python -m vistok.data``: write shards, extract tokens, draw sample images of the ``shapes`` world."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from vistok.checkpoint import export_hash, load_tokenizer
+from vistok.cli import main
+from vistok.data import code_cache, folders, shapes, shards
+from vistok.data.datamodule import load_data
+from vistok.data.images import Record
+from vistok.data.output import new_folder
+from vistok.errors import UserError
+from vistok.rng import seeded_generator
+
+
+def run() -> None:
+    """Parse the command line and do what it says."""
+    arguments = _parser().parse_args()
+    arguments.command(arguments)
+
+
+def write_shards(arguments: argparse.Namespace) -> None:
+    """An image folder as WebDataset shards; train and val below it become folders of shards."""
+    if arguments.max_per_shard < 1:
+        raise UserError(f"--max-per-shard must be at least 1, got {arguments.max_per_shard}")
+    # Nothing is held out here: that is for the reader of the shards to decide.
+    config = folders.Config(path=arguments.images, val_fraction=0, on_error=arguments.on_error)
+    splits = ("train", "val") if (Path(arguments.images) / "val").is_dir() else ("",)
+    count = skipped = 0
+    with new_folder(arguments.out) as out:
+        for split in splits:
+            # Shards keep the encoded files: the image size plays no part.
+            dataset = folders.build(config, split or "train", 1)
+            (out / split).mkdir(exist_ok=True)
+            count += shards.write_shards(
+                _shuffled(dataset), out / split, arguments.max_per_shard, dataset.class_names, arguments.captions
+            )
+            skipped += dataset.num_skipped
+    print(f"wrote {count} images to {arguments.out}" + (f", skipped {skipped} unreadable" if skipped else ""))
+
+
+def extract_tokens(arguments: argparse.Namespace) -> None:
+    """The tokens of both splits of a data set as a code cache."""
+    tokenizer = load_tokenizer(arguments.tokenizer, arguments.device)
+    size = tokenizer.spec.image_size_px
+    datasets = {split: load_data(arguments.data, split, size) for split in ("train", "val")}
+    total = len(datasets["train"]) * arguments.passes + len(datasets["val"])
+    with tqdm(total=total, desc="tokens", unit="img", leave=False) as bar:
+        code_cache.extract(
+            tokenizer,
+            export_hash(arguments.tokenizer),
+            datasets,
+            arguments.out,
+            batch_size=arguments.batch_size,
+            passes=arguments.passes,
+            seed=arguments.seed,
+            workers=arguments.workers,
+            device=arguments.device,
+            progress=bar.update,
+        )
+    print(f"wrote the tokens of {total} images to {arguments.out}")
+
+
+def draw_shapes(arguments: argparse.Namespace) -> None:
+    """Images of the shapes world as an image folder with captions."""
+    config = shapes.Config(train_count=arguments.count, val_count=arguments.count, seed=arguments.seed)
+    dataset = shapes.build(config, arguments.split, arguments.image_size)
+    with new_folder(arguments.out) as out:
+        for index in tqdm(range(len(dataset)), desc="shapes", unit="img", leave=False):
+            sample = dataset.get(index)
+            pixels = ((sample["image"] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
+            Image.fromarray(pixels.numpy()).save(out / f"{index:06d}.png")
+            (out / f"{index:06d}.txt").write_text(sample["text"] + "\n")
+    print(f"wrote {len(dataset)} images to {arguments.out}")
+
+
+def _shuffled(dataset: folders.Folders) -> Iterator[Record]:
+    """Every readable image once, in an order that mixes the classes, for readers that stream the shards."""
+    order = torch.randperm(len(dataset), generator=seeded_generator("shards"))
+    for index in tqdm(order.tolist(), desc="shards", unit="img", leave=False):
+        if (found := dataset.read(index)) is not None:
+            yield found[0]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m vistok.data", description="Prepare data sets.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, function, example):
+        part = commands.add_parser(
+            name,
+            help=function.__doc__,
+            description=function.__doc__,
+            epilog=f"example: python -m vistok.data {name} {example}",
+        )
+        part.set_defaults(command=function)
+        part.add_argument("--out", required=True, metavar="DIR", help="folder to make; must not exist")
+        return part
+
+    part = command("shards", write_shards, "--images photos/ --out photo_shards/ --captions")
+    part.add_argument("--images", required=True, metavar="DIR", help="image folder, flat or one subfolder per class")
+    part.add_argument("--max-per-shard", type=int, default=1000, metavar="N", help="images in a shard (%(default)s)")
+    part.add_argument("--captions", action="store_true", help="take the .txt files beside the images along")
+    part.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="unreadable images (%(default)s)")
+
+    part = command("tokens", extract_tokens, "--tokenizer runs/flextok --data digits --out codes/ --passes 4")
+    part.add_argument("--tokenizer", required=True, metavar="DIR", help="exported tokenizer or its run folder")
+    part.add_argument("--data", required=True, help="digits, shapes, an image folder or shards")
+    part.add_argument("--passes", type=int, default=1, metavar="N", help="passes over the training split; all but "
+                      "the first augment the images (%(default)s)")  # fmt: skip
+    part.add_argument("--batch-size", type=int, default=256, metavar="N", help="images at once (%(default)s)")
+    part.add_argument("--seed", type=int, default=0, metavar="N", help="of the augmentations (%(default)s)")
+    part.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes (%(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    part.add_argument("--device", default=device, help="where to tokenize (%(default)s)")
+
+    part = command("shapes", draw_shapes, "--out shapes_64/ --count 16 --image-size 64")
+    part.add_argument("--count", type=int, default=16, metavar="N", help="images (%(default)s)")
+    part.add_argument("--image-size", type=int, default=64, metavar="PX", help="side of the images (%(default)s)")
+    part.add_argument("--split", choices=["train", "val"], default="train", help="part of the world (%(default)s)")
+    part.add_argument("--seed", type=int, default=0, metavar="N", help="names the world (%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    main(run)
