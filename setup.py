@@ -7,7 +7,7 @@ setup(
     version="0.1.0",
     description="Visual tokenizers and autoregressive image generation",
     packages=find_packages(include=["vistok", "vistok.*"]),
-    package_data={"vistok.eval": ["features/*.safetensors"]},
+    package_data={"vistok.eval": ["weights/*.safetensors"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.7",

@@ -120,6 +120,11 @@ class Tokenizer(nn.Module, ABC):
 
     spec: TokenSpec
 
+    @property
+    def decode_defaults(self) -> dict[str, Any]:
+        """Options of :meth:`decode` that change images, with the values it takes unless told otherwise."""
+        return {}
+
     @abstractmethod
     def tokenize(self, images: Float[Tensor, "B 3 H W"]) -> Tokens:
         """Codes of ``images`` in [-1, 1]; deterministic, without gradients."""
@@ -137,7 +142,7 @@ class Tokenizer(nn.Module, ABC):
         Args:
             tokens: codes or latents.
             rng: one stream per image for decoders that sample; None draws fresh ones.
-            options: the fields of this tokenizer's ``DecodeOptions``.
+            options: of this tokenizer, see :attr:`decode_defaults`.
         """
 
     @abstractmethod

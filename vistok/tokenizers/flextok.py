@@ -248,6 +248,11 @@ class FlexTok(Tokenizer):
         for token in (self.encoder.registers, decoder.register_positions, decoder.mask_token, decoder.null_token):
             nn.init.normal_(token, std=self.config.token_std)
 
+    @property
+    def decode_defaults(self) -> dict[str, Any]:
+        """Steps and guidance of the config."""
+        return {"steps": self.config.steps, "guidance": self.config.guidance}
+
     # ------------------------------------------------------------------ images <-> latents
 
     def encode_latent(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:

@@ -33,6 +33,7 @@ from vistok.data.datamodule import Dataset
 from vistok.errors import UserError
 from vistok.eval.codebook import CodebookUsage
 from vistok.eval.pictures import labelled_grid, rows_by_label, save_png
+from vistok.eval.reconstruction import picture_reconstruction, prefix_lengths
 from vistok.interfaces import NULL_CLASS, Generator, SampleOptions, Tokenizer
 from vistok.pipeline import decode_images, sample_images, to_uint8, tokenize_images
 from vistok.rng import seeded_generator
@@ -213,7 +214,8 @@ class Pictures(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         with evaluating(trainer, task, self.ema):
             if isinstance(task.net, Tokenizer):
-                picture = reconstructions(task.net, data.val, self.rows)
+                rows = [data.val.get(index) for index in range(min(self.rows, len(data.val)))]
+                picture = picture_reconstruction(task.net, rows, prefix_lengths(task.net.spec))
             else:
                 assert task.tokenizer is not None
                 picture = samples(task.net, task.tokenizer.on(task.device), self.rows)
@@ -221,18 +223,6 @@ class Pictures(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("pictures", np.asarray(picture), task.updates, dataformats="HWC")
-
-
-def reconstructions(net: Tokenizer, data: Dataset, count: int, seed: int = 0) -> Image.Image:
-    """One row for each of the first images: the original, prefixes of 1, 2, 4, ... tokens, and all tokens."""
-    images = torch.stack([data.get(index)["image"] for index in range(min(count, len(data)))])
-    tokens = tokenize_images(net, images, count)
-    codes = {"all": tokens}
-    if tokens.is_ordered:
-        length = tokens.ids.shape[1]
-        codes = {f"{2**i}": tokens.prefix(2**i) for i in range((length - 1).bit_length())} | {f"{length}": tokens}
-    columns = [to_uint8(images), *(decode_images(net, code, seed, count) for code in codes.values())]
-    return labelled_grid(torch.stack(columns, dim=1), [""] * len(images), ["image", *codes])
 
 
 def samples(net: Generator, tokenizer: Tokenizer, classes: int, columns: int = 4, seed: int = 0) -> Image.Image:
@@ -341,7 +331,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        state["updates"], state["images"], state["state_dict"], state["callbacks"]
+        state["updates"], state["images"], state["seconds"], state["state_dict"], state["callbacks"]
     except FileNotFoundError:
         raise UserError(f"checkpoint not found: {path}") from None
     except Exception as error:  # torch.load raises whatever its parsers do

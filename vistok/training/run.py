@@ -207,7 +207,7 @@ def train(config: RunConfig) -> None:
     checkpoint = Checkpoint(
         Path(config.output),
         config.checkpoint.every_updates,
-        lambda task: write_export(averaged(task.net, ema.average), task.updates, task.images),
+        lambda task: write_export(averaged(task.net, ema.average), task.progress),
     )
     trainer = _make_trainer(config, net, ema, checkpoint, state["updates"] if state else 0)
     images_per_update = config.data.batch_size * trainer.world_size * config.trainer.accumulate
@@ -263,8 +263,8 @@ def _build_data(config: RunConfig, net: Tokenizer | Generator, tokenizer_hash: s
 
 def _exporter(
     config: RunConfig, net: Tokenizer | Generator, data: Dataset, tokenizer_hash: str | None
-) -> Callable[[dict[str, Tensor], int, int], None]:
-    """Writes given weights, and the updates and images that made them, as the run's export."""
+) -> Callable[[dict[str, Tensor], dict[str, float]], None]:
+    """Writes given weights, and the progress that made them, as the run's export."""
     component, kind = config.generator or Component(**config.tokenizer), "tokenizer"
     details: dict[str, Any] = {"weights": "ema", "ema_decay": config.ema.decay, "data": data.description}
     if config.generator is not None:
@@ -273,8 +273,8 @@ def _exporter(
         details["tokenizer_hash"] = tokenizer_hash
         details["num_classes"], details["class_names"] = net.num_classes, data.class_names
 
-    def write(weights: dict[str, Tensor], updates: int, images: int) -> None:
-        export(config.output, kind, component, net.spec, weights, {"updates": updates, "images": images, **details})
+    def write(weights: dict[str, Tensor], progress: dict[str, float]) -> None:
+        export(config.output, kind, component, net.spec, weights, {**progress, **details})
 
     return write
 
@@ -387,15 +387,16 @@ def _finish(
     config: RunConfig, state: dict[str, Any], net: Tokenizer | Generator, write_export: Callable[..., None]
 ) -> None:
     """Say that the run has nothing left to do; repair its export if the last one was interrupted."""
+    progress = {name: state[name] for name in ("updates", "images", "seconds")}
     try:
-        is_exported = export_info(config.output).get("updates") == state["updates"]
+        is_exported = export_info(config.output).get("updates") == progress["updates"]
     except UserError:
         is_exported = False
     if not is_exported:
         weights = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
         load_strictly(net, weights, Path(config.output) / LAST)
-        write_export(averaged(net, state["callbacks"]["ema"]), state["updates"], state["images"])
-    print(f"{config.output} is finished: {state['updates']} updates, {state['images']} images")
+        write_export(averaged(net, state["callbacks"]["ema"]), progress)
+    print(f"{config.output} is finished: {progress['updates']} updates, {progress['images']} images")
 
 
 # ---------------------------------------------------------------------- config and console

@@ -54,8 +54,15 @@ class LossTask(L.LightningModule):
         self.report: LossReport  # detached, of the last micro-batch
         self.grad_norm: Tensor  # of the last update, before clipping
         self.lr: float  # of the last update
+        self._seconds_before, self._started = 0.0, time.perf_counter()
         self.idle_since = 0.0  # when the last micro-batch and all callbacks were done (perf_counter)
         self._pending: list[dict[str, Tensor]] = []  # loss terms of the micro-batches of the next update
+
+    @property
+    def progress(self) -> dict[str, float]:
+        """What the run has done and spent so far, all sessions together: for checkpoints and exports."""
+        seconds = self._seconds_before + time.perf_counter() - self._started
+        return {"updates": self.updates, "images": self.images, "seconds": round(seconds, 1)}
 
     def objective(self, batch: dict[str, Any], rng: torch.Generator) -> LossReport:
         """The net's loss of one batch."""
@@ -118,12 +125,13 @@ class LossTask(L.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["updates"], checkpoint["images"] = self.updates, self.images
+        checkpoint.update(self.progress)
         del checkpoint["loops"]  # Lightning's clocks, see above
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.updates, self.images = checkpoint["updates"], checkpoint["images"]
+        self._seconds_before = checkpoint["seconds"]
 
     def _refuse_non_finite(self) -> None:
         """Stop before the optimizer moves anything; one transfer to the CPU for the whole update.

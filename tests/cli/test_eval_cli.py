@@ -1,0 +1,180 @@
+"""``python -m vistok.eval`` from exports to tables, on tiny models with random weights."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vistok.checkpoint import export, export_hash
+from vistok.cli import main
+from vistok.config import Component, build
+from vistok.eval.__main__ import run
+
+TOKENIZER = Component(
+    "flextok",
+    {
+        "image_size": 16,
+        "patch_size": 4,
+        "num_registers": 4,
+        "encoder_width": 16,
+        "encoder_depth": 1,
+        "decoder_width": 16,
+        "decoder_depth": 1,
+        "head_dim": 8,
+        "fsq_levels": [4, 4],
+        "steps": 2,
+    },
+)
+GENERATOR = Component("gpt", {"width": 16, "depth": 1, "heads": 2, "num_classes": 10, "mlp_multiple": 8})
+
+
+def randomise(model, seed):
+    rng = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=rng)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    tokenizer = build("tokenizers", TOKENIZER)
+    randomise(tokenizer, 0)
+    export(folder / "tokenizer", "tokenizer", TOKENIZER, tokenizer.spec, tokenizer.state_dict(), {"weights": "ema"})
+    generator = build("generators", GENERATOR, tokenizer.spec)
+    randomise(generator, 1)
+    extra = {"weights": "ema", "tokenizer": "../tokenizer", "tokenizer_hash": export_hash(folder / "tokenizer")}
+    export(folder / "generator", "generator", GENERATOR, generator.spec, generator.state_dict(), extra)
+    return folder
+
+
+def call(monkeypatch, capsys, *words):
+    """Exit code, stdout and stderr of ``python -m vistok.eval words``, in this process to save time."""
+    monkeypatch.setattr(sys, "argv", ["vistok.eval", *map(str, words)])
+    code = 0
+    try:
+        main(run)
+    except SystemExit as exit_:
+        code = exit_.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys):
+    return lambda *words: call(monkeypatch, capsys, *words)
+
+
+def refused(result, *parts):
+    code, _, err = result
+    line = err.split("\r")[-1]  # what stands before is a progress bar, wiped
+    assert code == 2
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+    for part in parts:
+        assert part in line
+
+
+def test_reconstruction_generation_compare_and_report(runs, evaluate):
+    words = ("reconstruction", "--checkpoint", runs / "tokenizer", "--data", "digits", "--count", 40)
+    code, out, err = evaluate(*words, "--decode", "steps=1", "guidance=1")
+    assert code == 0, err
+    result = json.loads((runs / "tokenizer" / "eval" / "reconstruction.json").read_text())
+    assert result["fingerprint"] in out
+    assert list(result["metrics"]["tokens"]) == ["1", "2", "4"]
+    assert set(result["metrics"]["tokens"]["4"]) == {
+        "psnr_db",
+        "ssim",
+        "rFID (digits-cnn features, N=40)",
+        "class_accuracy",
+    }
+    assert set(result["metrics"]["codebook"]) == {"usage", "entropy_bits", "perplexity"}
+    assert result["protocol"]["settings"] == {"tokens": [1, 2, 4], "decode": {"steps": 1, "guidance": 1}}
+    assert result["protocol"]["weights"] == {"tokenizer": "ema"}
+    assert result["protocol"]["models"] == {"tokenizer": export_hash(runs / "tokenizer")}
+    assert "--data digits --count 40" in result["run"]["command"]
+    Image.open(runs / "tokenizer" / "eval" / "reconstruction.png").verify()
+
+    words = ("generation", "--checkpoint", runs / "generator", "--data", "digits", "--count", 20, "--seed", 1)
+    code, out, err = evaluate(*words, "--cfg-scale", 1.5, "--top-k", 8, "--num-tokens", 2, "--batch-size", 8)
+    assert code == 0, err
+    generation = json.loads((runs / "generator" / "eval" / "generation.json").read_text())
+    assert set(generation["metrics"]["samples"]) == {
+        "gFID (digits-cnn features, N=20)",
+        "precision (digits-cnn features, N=20)",
+        "recall (digits-cnn features, N=20)",
+        "class_accuracy",
+        "copies_share",
+    }
+    wanted = {"cfg_scale": 1.5, "temperature": 1.0, "top_k": 8, "top_p": 1.0, "num_tokens": 2}
+    assert generation["protocol"]["settings"]["sampling"].items() >= wanted.items()
+    samples = np.load(runs / "generator" / "eval" / "samples.npz")["arr_0"]
+    assert (samples.shape, samples.dtype) == ((20, 16, 16, 3), np.uint8)
+
+    same = (runs / "tokenizer" / "eval" / "reconstruction.json", runs / "generator" / "eval" / "generation.json")
+    refused(evaluate("compare", *same), "different protocols", "--force", "task:")
+    code, out, _ = evaluate("compare", *same, "--force")
+    assert code == 0
+    assert "DIFFERENT PROTOCOLS" in out
+
+    code, out, err = evaluate("report", "--run", runs)
+    assert code == 0, err
+    report = (runs / "report.md").read_text()
+    for part in (result["fingerprint"], "## Generation", "tokenizer/eval/reconstruction.png", "--cfg-scale 1.5"):
+        assert part in report
+
+
+def test_the_same_command_gives_the_same_numbers(runs, evaluate, tmp_path):
+    words = ("generation", "--checkpoint", runs / "generator", "--data", "digits", "--count", 12)
+    results = []
+    for batch_size in (12, 5):
+        code, _, err = evaluate(*words, "--batch-size", batch_size, "--out", tmp_path / str(batch_size))
+        assert code == 0, err
+        results.append(json.loads((tmp_path / str(batch_size) / "generation.json").read_text()))
+    assert results[0]["fingerprint"] == results[1]["fingerprint"]
+    assert results[0]["metrics"]["samples"] == pytest.approx(results[1]["metrics"]["samples"], rel=1e-6)
+
+
+def test_bad_input_is_one_line(runs, evaluate, tmp_path):
+    base = ("reconstruction", "--checkpoint", runs / "tokenizer", "--data", "digits", "--out", tmp_path / "out")
+    refused(evaluate("reconstruction", "--checkpoint", tmp_path / "none", "--data", "digits"), "none")
+    refused(evaluate("reconstruction", "--checkpoint", runs / "generator", "--data", "digits"), "expected a tokenizer")
+    refused(evaluate(*base, "--tokens", "1,5"), "--tokens: 5 is outside 1..4")
+    refused(evaluate(*base, "--decode", "stepz=1"), "stepz")
+    refused(evaluate(*base, "--features", "inception:none.pth"), "none.pth", "6726825d", "inception:PATH")
+    refused(evaluate(*base, "--features", "vgg"), "vgg", "digits")
+    refused(evaluate(*base[:4], "nowhere"), "nowhere")
+    words = ("generation", "--checkpoint", runs / "generator", "--data", "digits", "--out", tmp_path / "out")
+    refused(evaluate(*words, "--top-p", "1.5"), "top_p")
+    refused(evaluate(*words, "--num-tokens", "5"), "5")
+    refused(evaluate(*words, "--tokenizer", tmp_path / "none"), "none")
+    assert not (tmp_path / "out").exists()
+
+
+def test_cached_codes_are_no_images(runs, evaluate, monkeypatch):
+    class Codes:
+        def get(self, index):
+            return {"ids": torch.zeros(4, 1, dtype=torch.int64)}
+
+    monkeypatch.setattr("vistok.eval.__main__.load_data", lambda *_: Codes())
+    for task, model in (("reconstruction", "tokenizer"), ("generation", "generator")):
+        refused(evaluate(task, "--checkpoint", runs / model, "--data", "cache"), "cache", "needs images")
+
+
+def test_bad_flags_are_refused_before_anything_is_loaded(runs, evaluate):
+    base = ("reconstruction", "--checkpoint", runs / "tokenizer", "--data", "digits")
+    for words in (("--batch-size", 0), ("--tokens", "1,x"), ("--device", "nonsense"), ("--count", -1)):
+        code, _, err = evaluate(*base, *words)
+        assert code == 2
+        assert words[0] in err
+        assert "Traceback" not in err
+
+
+def test_the_module_runs_and_helps():
+    result = subprocess.run([sys.executable, "-m", "vistok.eval", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    for command in ("reconstruction", "generation", "compare", "report", "train-features", "examples:"):
+        assert command in result.stdout

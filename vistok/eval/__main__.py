@@ -1,0 +1,352 @@
+"""``python -m vistok.eval``: measure tokenizers and generators, compare measurements, write a run's report."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from vistok.checkpoint import export_hash, export_info, load_tokenizer
+from vistok.cli import main
+from vistok.config import parse_overrides
+from vistok.data.datamodule import Dataset, load_data, make_loader, ordered_batches
+from vistok.errors import UserError
+from vistok.eval import generation, reconstruction
+from vistok.eval.features import SMALL_NETWORKS, WEIGHTS_FOLDER, FeatureNetwork, load_features
+from vistok.eval.fid import fid_notes
+from vistok.eval.pictures import save_png
+from vistok.eval.protocol import EvalProtocol, compare, load_result, save_result
+from vistok.eval.report import write_report
+from vistok.eval.train_features import train_features
+from vistok.interfaces import SampleOptions
+from vistok.pipeline import load_models, sample_images, save_npz
+
+console = Console()
+
+EXAMPLES = """examples:
+  python -m vistok.eval reconstruction --checkpoint runs/demo/tokenizer --data digits
+  python -m vistok.eval generation --checkpoint runs/demo/generator --data digits --count 500 --cfg-scale 2
+  python -m vistok.eval compare a.json b.json
+  python -m vistok.eval report --run runs/demo
+"""
+
+
+def run_reconstruction(args: argparse.Namespace) -> None:
+    """Measure a tokenizer on real images."""
+    started = time.perf_counter()
+    tokenizer = load_tokenizer(args.checkpoint, args.device)
+    lengths = reconstruction.prefix_lengths(tokenizer.spec, args.tokens)
+    dataset = _images(args.data, args.split, tokenizer.spec.image_size_px)
+    network = None if args.features == "none" else _features(args)
+    count = min(args.count or len(dataset), len(dataset))
+    decode = parse_overrides(args.decode)
+
+    batches = make_loader(dataset, ordered_batches(count, args.batch_size))
+    with tqdm(total=count * len(lengths), desc="reconstruct", unit="img", leave=False) as bar:
+        metrics = reconstruction.measure_reconstruction(
+            tokenizer, batches, network, lengths, args.seed, decode, args.device, bar.update
+        )
+    rows = [dataset.get(index, None) for index in range(min(10, count))]
+    picture = reconstruction.picture_reconstruction(tokenizer, rows, lengths, args.seed, decode)
+
+    protocol = EvalProtocol(
+        task="reconstruction",
+        data=dataset.description,
+        split=args.split,
+        count=count,
+        image_size_px=tokenizer.spec.image_size_px,
+        quantised=True,
+        weights={"tokenizer": export_info(args.checkpoint).get("weights", "unknown")},
+        settings={"tokens": lengths, "decode": {**tokenizer.decode_defaults, **decode}},
+        seed=args.seed,
+        features=_identity(network),
+        reference={"images": "the originals", "count": count},
+        definitions=reconstruction.DEFINITIONS,
+        models={"tokenizer": export_hash(args.checkpoint)},
+    )
+    save_png(picture, args.out / "reconstruction.png")
+    save_result(args.out / "reconstruction.json", protocol, metrics, _run_details(args, started))
+    columns = list(metrics["tokens"][str(lengths[0])])
+    table = _table("reconstruction", args.data, protocol, ["tokens", *columns])
+    for length, values in metrics["tokens"].items():
+        table.add_row(length, *(_number(values[column]) for column in columns))
+    codebook = ", ".join(
+        f"{name} {_number(metrics['codebook'][name])}" for name in ("usage", "entropy_bits", "perplexity")
+    )
+    notes = [f"codebook: {codebook}"] + (fid_notes(network, count, count) if network else [])
+    _print(table, notes, args.out / "reconstruction.json")
+
+
+def run_generation(args: argparse.Namespace) -> None:
+    """Measure a generator against real images."""
+    started = time.perf_counter()
+    options = SampleOptions(
+        cfg_scale=args.cfg_scale,
+        guided_tokens=args.guided_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        num_tokens=args.num_tokens,
+    )
+    generator, tokenizer, tokenizer_path = load_models(args.checkpoint, args.tokenizer, args.device)
+    size = tokenizer.spec.image_size_px
+    reference, held_out = _images(args.data, "train", size), _images(args.data, "val", size)
+    if generator.num_classes and reference.num_classes not in (0, generator.num_classes):
+        raise UserError(
+            f"{args.checkpoint} knows {generator.num_classes} classes, --data {args.data} has {reference.num_classes}: "
+            "that is not the data it was trained on"
+        )
+    network = _features(args)
+    decode = parse_overrides(args.decode)
+    class_ids = generation.balanced_classes(args.count, generator.num_classes)
+    with tqdm(total=args.count, desc="sample", unit="img", leave=False) as bar:
+        samples = sample_images(
+            generator, tokenizer, class_ids, options, args.seed, args.batch_size, decode, bar.update
+        )
+    with tqdm(total=len(reference), desc="compare", unit="img", leave=False) as bar:
+        metrics = generation.measure_generation(
+            samples,
+            class_ids,
+            reference,
+            held_out,
+            network,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            device=args.device,
+            copies=args.copies,
+            progress=bar.update,
+        )
+
+    protocol = EvalProtocol(
+        task="generation",
+        data=held_out.description,
+        split="val",
+        count=args.count,
+        image_size_px=size,
+        quantised=True,
+        weights={
+            "generator": export_info(args.checkpoint).get("weights", "unknown"),
+            "tokenizer": export_info(tokenizer_path).get("weights", "unknown"),
+        },
+        settings={
+            "sampling": _sampling(options),
+            "decode": {**tokenizer.decode_defaults, **decode},
+            "classes": "balanced",
+        },
+        seed=args.seed,
+        features=_identity(network),
+        reference={"images": "train", "count": len(reference), "data": reference.description},
+        definitions=generation.DEFINITIONS,
+        models={"generator": export_hash(args.checkpoint), "tokenizer": export_hash(tokenizer_path)},
+    )
+    save_npz(args.out / "samples.npz", samples)
+    names = reference.class_names or [str(index) for index in range(generator.num_classes)]
+    picture = generation.picture_generation(samples, class_ids, names)
+    save_png(picture, args.out / "generation.png")
+    save_result(args.out / "generation.json", protocol, metrics, _run_details(args, started))
+    table = _table("generation", args.data, protocol, ["metric", "samples", f"real held-out images ({len(held_out)})"])
+    for name, value, real in generation.side_by_side(metrics):
+        table.add_row(name, _number(value), _number(real))
+    _print(table, fid_notes(network, args.count, len(reference)), args.out / "generation.json")
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    """Put two results side by side."""
+    values = compare(args.first, args.second, args.force)
+    (first, *_), (second, *_) = load_result(args.first), load_result(args.second)
+    table = Table(title=f"{first.task}", title_justify="left")
+    for column in (
+        "metric",
+        f"{args.first} ({first.fingerprint})",
+        f"{args.second} ({second.fingerprint})",
+        "second - first",
+    ):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, (a, b) in values.items():
+        difference = "" if a is None or b is None else f"{b - a:+.4g}"
+        table.add_row(name, *("-" if value is None else _number(value) for value in (a, b)), difference)
+    _print(table, [f"DIFFERENT PROTOCOLS: {line}" for line in first.differences(second)])
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """Write a run's report."""
+    console.print(f"report: {write_report(args.run_folder)}", highlight=False)
+
+
+def run_train_features(args: argparse.Namespace) -> None:
+    """Train a shipped feature network again."""
+    path = args.out or WEIGHTS_FOLDER / f"{args.name}.safetensors"
+    accuracy = train_features(args.name, path, args.seed)
+    answers = ", ".join(f"{head} {value:.2%}" for head, value in accuracy.items())
+    console.print(f"{path}: {path.stat().st_size / 1e3:.0f} kB, right on held-out images: {answers}", highlight=False)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands of this module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vistok.eval",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.set_defaults(run=run)
+        return command
+
+    one = add("reconstruction", run_reconstruction, "PSNR, SSIM, rFID and codebook usage of a tokenizer")
+    _add_common(one)
+    one.add_argument("--split", default="val", choices=("train", "val"), help="images to reconstruct (default: val)")
+    one.add_argument("--count", type=positive_int, help="how many of them (default: all)")
+    one.add_argument(
+        "--tokens", type=token_counts, metavar="K,K,...", help="prefixes to decode (default: powers of two up to all)"
+    )
+
+    two = add("generation", run_generation, "gFID, precision, recall, class accuracy and copies of a generator")
+    _add_common(two)
+    two.add_argument("--tokenizer", type=Path, metavar="DIR", help="its tokenizer (default: the one it was trained on)")
+    two.add_argument(
+        "--count", type=positive_int, default=500, help="samples, spread evenly over classes (default: 500)"
+    )
+    two.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale; 1 is none (default: 1)")
+    two.add_argument("--guided-tokens", type=positive_int, help="guide only the first positions (default: all)")
+    two.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest code (default: 1)")
+    two.add_argument("--top-k", type=int, default=0, help="keep the k likeliest codes; 0 keeps all (default: 0)")
+    two.add_argument("--top-p", type=float, default=1.0, help="keep this much probability; 1 keeps all (default: 1)")
+    two.add_argument(
+        "--no-copies", dest="copies", action="store_false", help="skip the share of copies (slow on big data)"
+    )
+    two.add_argument("--num-tokens", type=positive_int, help="tokens to generate, ordered layouts only (default: all)")
+
+    three = add("compare", run_compare, "two result files side by side; refused if their protocols differ")
+    three.add_argument("first", type=Path, metavar="a.json")
+    three.add_argument("second", type=Path, metavar="b.json")
+    three.add_argument("--force", action="store_true", help="compare in spite of different protocols")
+
+    four = add("report", run_report, "loss curves and report.md of a run with a tokenizer/ and a generator/")
+    four.add_argument("--run", dest="run_folder", type=Path, required=True, metavar="DIR", help="e.g. runs/demo")
+
+    five = add("train-features", run_train_features, "train a shipped feature network again (training split only)")
+    five.add_argument("name", choices=sorted(SMALL_NETWORKS))
+    five.add_argument("--out", type=Path, metavar="FILE", help="default: the file inside the package")
+    five.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="run or export folder")
+    parser.add_argument("--data", required=True, help="digits, shapes, an image folder, or shards")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where results go (default: CHECKPOINT/eval)")
+    parser.add_argument(
+        "--features",
+        metavar="NAME",
+        help=f"feature network: {', '.join(SMALL_NETWORKS)}, inception:PATH or none (default: that of --data)",
+    )
+    parser.add_argument("--decode", nargs="*", default=[], metavar="key=value", help="decode options, such as steps=8")
+    parser.add_argument("--seed", type=int, default=0, help="names all noise (default: 0)")
+    parser.add_argument("--batch-size", type=positive_int, default=100, help="images at a time (default: 100)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, type=usable_device, help="default: %(default)s")
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def token_counts(text: str) -> list[int]:
+    """Whole numbers between commas."""
+    return [int(part) for part in text.split(",")]
+
+
+def usable_device(text: str) -> str:
+    """A device that this machine has."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"cannot use {text!r}: {str(error).splitlines()[0]}") from None
+    return text
+
+
+def _images(data: str, split: str, image_size_px: int) -> Dataset:
+    dataset = load_data(data, split, image_size_px)
+    if "image" not in dataset.get(0):
+        raise UserError(f"--data {data} holds codes; evaluation needs images")
+    return dataset
+
+
+def _features(args: argparse.Namespace) -> FeatureNetwork:
+    name = args.features or args.data
+    if not args.features and name not in SMALL_NETWORKS:
+        raise UserError(f"no feature network comes with --data {args.data}: give --features inception:PATH")
+    return load_features(name, args.device)
+
+
+def _identity(network: FeatureNetwork | None) -> dict[str, str]:
+    return {} if network is None else {"name": network.name, "sha256": network.sha256}
+
+
+def _sampling(options: SampleOptions) -> dict[str, Any]:
+    """The options that change samples."""
+    return {name: value for name, value in asdict(options).items() if name != "use_cache"}
+
+
+def _run_details(args: argparse.Namespace, started: float) -> dict[str, Any]:
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return {
+        "command": f"python -m vistok.eval {shlex.join(sys.argv[1:])}",
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 1e6),
+        "device": args.device,
+        "versions": {name: version(name) for name in ("torch", "torchmetrics", "vistok")},
+    }
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _table(task: str, data: str, protocol: EvalProtocol, columns: list[str]) -> Table:
+    title = f"{task} · {data} · N={protocol.count} · {protocol.image_size_px} px · protocol {protocol.fingerprint}"
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table
+
+
+def _print(table: Table, notes: list[str], path: Path | None = None) -> None:
+    console.print(table)
+    for note in notes:
+        console.print(note, highlight=False, soft_wrap=True)
+    if path:
+        console.print(f"saved: {path}", highlight=False, soft_wrap=True)
+
+
+def run() -> None:
+    """Parse the command line and do what it says."""
+    args = build_parser().parse_args()
+    if getattr(args, "checkpoint", None) and args.out is None:
+        args.out = args.checkpoint / "eval"
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,199 @@
+"""Feature networks: what FID, precision, recall and class accuracy look through.
+
+* ``inception:PATH``: the 2015 TensorFlow Inception of the field's FID, from a weight file that the user has.
+* ``digits``, ``shapes``: small classifiers of our own toy data, shipped with the package; they never saw a generator
+  nor a held-out image (``python -m vistok.eval train-features`` makes them again).
+
+Every network reads uint8 images of any size and resizes them itself, so that the resize belongs to its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+from torchmetrics.image.fid import NoTrainInceptionV3
+
+from vistok.checkpoint import load_strictly, load_weights
+from vistok.errors import UserError
+
+WEIGHTS_FOLDER = Path(__file__).parent / "weights"
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256_PREFIX = "6726825d"
+INCEPTION_KEYS = 472
+
+
+class FeatureNetwork(nn.Module, ABC):
+    """Images to feature vectors, and to class logits where there are classes.
+
+    Attributes:
+        name: how reports call it.
+        sha256: of its weight file.
+        num_features: F.
+        heads: number of classes of each classification head, by name; empty without classes.
+    """
+
+    name: str
+    sha256: str
+    num_features: int
+    heads: dict[str, int]
+
+    @abstractmethod
+    def features(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
+        """Feature vectors of uint8 images of any size."""
+
+    def logits(self, features: Float[Tensor, "B F"]) -> dict[str, Float[Tensor, "B K"]]:
+        """Logits of each head in ``heads``, from features."""
+        return {}
+
+    def count_right(self, features: Float[Tensor, "B F"], labels: Int[Tensor, " B"]) -> int:
+        """How many images the head ``class`` takes for their label; 0 without that head."""
+        if "class" not in self.heads:
+            return 0
+        return int((self.logits(features)["class"].argmax(1) == labels.to(features.device)).sum())
+
+
+class SmallCNN(FeatureNetwork):
+    """A classifier of toy images: stages of two convolutions, a mean over positions, one feature layer, linear heads.
+
+    Args:
+        name: how reports call it.
+        size_px: images are resized to this side (bilinear with antialiasing).
+        widths: channels of the stages; each stage halves the side.
+        num_features: width of the feature layer. Features are taken before its non-linearity: nearer to a Gaussian.
+        heads: number of classes of each head, by name.
+    """
+
+    def __init__(self, name: str, size_px: int, widths: tuple[int, ...], num_features: int, heads: dict[str, int]):
+        super().__init__()
+        self.name, self.size_px, self.num_features, self.heads = name, size_px, num_features, heads
+        stages: list[nn.Module] = []
+        for width_in, width in zip((3, *widths[:-1]), widths, strict=True):
+            stages += [*_conv(width_in, width), *_conv(width, width), nn.MaxPool2d(2)]
+        self.stages = nn.Sequential(*stages)
+        self.feature_layer = nn.Linear(widths[-1], num_features)
+        self.classifiers = nn.ModuleDict({head: nn.Linear(num_features, classes) for head, classes in heads.items()})
+
+    def features(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
+        """Feature vectors of uint8 images of any size."""
+        return self.from_pixels(images.float() / 127.5 - 1)
+
+    def from_pixels(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
+        """Features of float images in [-1, 1]."""
+        if images.shape[-2:] != (self.size_px, self.size_px):
+            images = F.interpolate(images, (self.size_px, self.size_px), mode="bilinear", antialias=True)
+        return self.feature_layer(self.stages(images).mean((2, 3)))
+
+    def logits(self, features: Float[Tensor, "B F"]) -> dict[str, Float[Tensor, "B K"]]:
+        """Logits of each head, from features."""
+        return {head: layer(F.relu(features)) for head, layer in self.classifiers.items()}
+
+
+class Inception(FeatureNetwork):
+    """The Inception v3 of 2015-12-05 with 2048 pool features and TensorFlow 1's resize, as in ADM's evaluator.
+
+    Args:
+        path: torch-fidelity's weight file, checked before anything else reads it.
+
+    Raises:
+        UserError: if the file is missing or is not that file.
+    """
+
+    name = "inception"
+    num_features = 2048
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.heads = {}
+        self.sha256 = _check_inception_file(path)
+        # torchmetrics' default resize (antialias=True) is not the field's.
+        self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)
+
+    def features(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 2048"]:
+        """Pool features."""
+        return self.network(images)
+
+
+SMALL_NETWORKS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "name": "digits-cnn",
+        "size_px": 16,
+        "widths": (32, 64, 128),
+        "num_features": 64,
+        "heads": {"class": 10},
+    },
+    "shapes": {
+        "name": "shapes-cnn",
+        "size_px": 32,
+        "widths": (16, 32, 96),
+        "num_features": 128,
+        "heads": {"count": 3, "shape": 6, "color": 8, "size": 2},
+    },
+}
+"""Arguments of the shipped :class:`SmallCNN` networks, by data set."""
+
+
+def load_features(text: str, device: torch.device | str = "cpu") -> FeatureNetwork:
+    """The network that ``--features`` names, in evaluation mode and without gradients.
+
+    Args:
+        text: "digits", "shapes" or "inception:PATH".
+        device: where to put it.
+
+    Raises:
+        UserError: for an unknown name, or a weight file that is missing or not what it should be.
+    """
+    kind, _, path = text.partition(":")
+    network: FeatureNetwork
+    if kind == "inception":
+        network = Inception(Path(path))
+    elif text in SMALL_NETWORKS:
+        network = load_small(text, WEIGHTS_FOLDER / f"{text}.safetensors")
+    else:
+        raise UserError(f"no feature network {text!r} (valid: {', '.join(SMALL_NETWORKS)}, inception:PATH)")
+    return network.to(device).eval().requires_grad_(False)
+
+
+def load_small(data: str, path: Path) -> SmallCNN:
+    """The small network of a data set, from a weight file (stored in float16, computed in float32)."""
+    network = SmallCNN(**SMALL_NETWORKS[data])
+    load_strictly(network, load_weights(path), path)
+    network.sha256 = _sha256(path)
+    return network.eval()
+
+
+def _conv(width_in: int, width: int) -> list[nn.Module]:
+    return [nn.Conv2d(width_in, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+
+
+def _check_inception_file(path: Path) -> str:
+    """SHA-256 of the weight file, once it is known to be the right one (torch-fidelity would unpickle anything)."""
+    if not path.is_file():
+        raise UserError(
+            f"Inception weights not found at {str(path)!r}: get {INCEPTION_FILE} from the release v0.2.0 of "
+            f"torch-fidelity (github.com/toshas/torch-fidelity) and give it as --features inception:PATH"
+        )
+    digest = _sha256(path)
+    if not digest.startswith(INCEPTION_SHA256_PREFIX):
+        raise UserError(
+            f"{path} is not {INCEPTION_FILE}: its SHA-256 starts with {digest[:8]}, not {INCEPTION_SHA256_PREFIX}"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} holds more than weights, or is damaged: {type(error).__name__}") from None
+    keys = [key for key in state if not key.endswith("num_batches_tracked")]
+    if len(keys) != INCEPTION_KEYS or "fc.weight" not in state or state["fc.weight"].shape != (1008, 2048):
+        raise UserError(f"{path} is not the 1008-class Inception: {len(keys)} tensors, expected {INCEPTION_KEYS}")
+    return digest
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

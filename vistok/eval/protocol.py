@@ -1,0 +1,143 @@
+"""What a measured number means: the protocol of one evaluation, its fingerprint and its result file.
+
+Two numbers may stand in one table only if everything but the model was the same. :class:`EvalProtocol` lists that
+"everything"; its fingerprint is printed with every number, and :func:`compare` refuses to mix fingerprints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from vistok.checkpoint import write_atomically
+from vistok.errors import UserError
+
+_NOT_IN_FINGERPRINT = ("models",)
+
+
+@dataclass(frozen=True)
+class EvalProtocol:
+    """The conditions of one evaluation, as plain JSON values.
+
+    Args:
+        task: "reconstruction" or "generation".
+        data: the dataset's own ``description``: which images, how cropped, resized and filtered.
+        split: the split whose images are reconstructed, or held out when copies are counted.
+        count: images reconstructed or sampled.
+        image_size_px: side of the images that the metrics see.
+        quantised: metrics see uint8 images, rounded.
+        weights: "ema" or "raw", for each component that took part.
+        settings: decode options, and sampling options or prefix lengths.
+        seed: names the decoder's and the generator's noise.
+        features: ``{"name", "sha256"}`` of the feature network; empty without one.
+        reference: what the distribution metrics compare with: ``{"split", "count", ...}``.
+        definitions: which variant of each metric was computed.
+        models: export hashes of the components that were measured. Not in the fingerprint: two models under one
+            protocol compare.
+    """
+
+    task: str
+    data: dict[str, Any]
+    split: str
+    count: int
+    image_size_px: int
+    quantised: bool
+    weights: dict[str, str]
+    settings: dict[str, Any]
+    seed: int
+    features: dict[str, str]
+    reference: dict[str, Any]
+    definitions: dict[str, Any]
+    models: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hex digits of the SHA-256 of the canonical JSON of every field but ``models``."""
+        covered = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_FINGERPRINT}
+        canonical = json.dumps(covered, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+    def differences(self, other: EvalProtocol) -> list[str]:
+        """One "name: mine / theirs" line for each field of the fingerprint in which the two differ."""
+        names = [field.name for field in fields(self) if field.name not in _NOT_IN_FINGERPRINT]
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
+        return [f"{name}: {json.dumps(a)} / {json.dumps(b)}" for name, a, b in pairs if a != b]
+
+
+def save_result(path: Path, protocol: EvalProtocol, metrics: dict[str, Any], run: dict[str, Any] | None = None) -> None:
+    """Write ``{"fingerprint", "protocol", "metrics", "run"}`` as JSON; ``path`` is whole or absent.
+
+    Args:
+        path: the file.
+        protocol: the conditions.
+        metrics: nested numbers by name.
+        run: circumstances that do not change the numbers: command, seconds, memory, versions.
+    """
+    result = {
+        "fingerprint": protocol.fingerprint,
+        "protocol": asdict(protocol),
+        "metrics": metrics,
+        "run": run or {},
+    }
+    write_text(path, json.dumps(result, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; ``path`` is whole or absent."""
+
+    def write(partial: Path) -> None:
+        partial.write_text(text)
+
+    write_atomically(path, write)
+
+
+def load_result(path: Path) -> tuple[EvalProtocol, dict[str, Any], dict[str, Any]]:
+    """Protocol, metrics and run of a file of :func:`save_result`.
+
+    Raises:
+        UserError: if the file is missing, is not a result file or was edited so that its fingerprint is wrong.
+    """
+    try:
+        result = json.loads(Path(path).read_text())
+        protocol = EvalProtocol(**result["protocol"])
+        fingerprint, metrics = result["fingerprint"], result["metrics"]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not an evaluation result (written by python -m vistok.eval)") from None
+    if fingerprint != protocol.fingerprint:
+        raise UserError(f"{path}: the fingerprint {fingerprint} does not belong to its protocol; measure again")
+    return protocol, metrics, result.get("run", {})
+
+
+def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """``{"a": {"b": 1}}`` as ``{"a / b": 1}``."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        flat |= flatten(value, f"{prefix}{name} / ") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def compare(first: Path, second: Path, force: bool = False) -> dict[str, tuple[float | None, float | None]]:
+    """The two values of every metric of two result files.
+
+    Args:
+        first: a result file.
+        second: another.
+        force: compare in spite of different protocols.
+
+    Raises:
+        UserError: if the fingerprints differ, with the fields that do.
+    """
+    (protocol_a, metrics_a, _), (protocol_b, metrics_b, _) = load_result(first), load_result(second)
+    if protocol_a.fingerprint != protocol_b.fingerprint and not force:
+        raise UserError(
+            f"{first} ({protocol_a.fingerprint}) and {second} ({protocol_b.fingerprint}) were measured under different "
+            f"protocols and do not compare (--force to see them anyway). "
+            + "; ".join(protocol_a.differences(protocol_b))
+        )
+    a, b = flatten(metrics_a), flatten(metrics_b)
+    return {name: (a.get(name), b.get(name)) for name in a | b}
