@@ -51,10 +51,10 @@ class SampleRng:
         part.seeds, part._generators = self.seeds[rows], self._generators[rows]
         return part
 
-    def normal(self, *shape: int) -> Float[Tensor, "B *shape"]:
+    def normal(self, *shape: int) -> Float[Tensor, B * shape]:
         """Standard normal noise, float32 on the CPU."""
         return torch.stack([torch.randn(shape, generator=generator) for generator in self._generators])
 
-    def uniform(self, *shape: int) -> Float[Tensor, "B *shape"]:
+    def uniform(self, *shape: int) -> Float[Tensor, B * shape]:
         """Uniform draws in [0, 1), float32 on the CPU."""
         return torch.stack([torch.rand(shape, generator=generator) for generator in self._generators])

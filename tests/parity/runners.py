@@ -12,7 +12,7 @@ from vistok.interfaces import NULL_CLASS, ClassCondition, SampleOptions
 from vistok.quantizers.fsq import FSQ
 from vistok.rng import SampleRng
 from vistok.tokenizers import flextok
-from vistok.tokens import Grid2D, Tokens, TokenSpec
+from vistok.tokens import Grid2D, TokenSpec
 
 RUNNERS = {}
 

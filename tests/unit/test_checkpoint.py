@@ -44,7 +44,7 @@ def test_a_missing_file_is_named(folder, name):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match="not found: .*nothing"):
+    with pytest.raises(UserError, match=r"not found: .*nothing"):
         load_tokenizer(tmp_path / "nothing")
 
 

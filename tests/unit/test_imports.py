@@ -19,7 +19,7 @@ ALLOWED = {
     "config": {"errors"},
     "cli": {"errors"},
     "checkpoint": {"errors", "tokens", "interfaces", "config"},
-    **{part: BASE | PARTS for part in PARTS},
+    **dict.fromkeys(PARTS, BASE | PARTS),
     "tokenizers": BASE | PARTS,
     "generators": BASE | PARTS,
     "merging": BASE | PARTS,

@@ -28,7 +28,7 @@ from vistok.nn.attention import KVCache
 from vistok.nn.rope import Rotation, rotation
 from vistok.nn.transformer import Block
 from vistok.rng import SampleRng
-from vistok.tokens import Grid2D, MultiScale, Ordered1D, Tokens, TokenSpec
+from vistok.tokens import Grid2D, Layout, MultiScale, Ordered1D, Tokens, TokenSpec
 
 
 @dataclass
@@ -121,7 +121,7 @@ class CodeAdapter(nn.Module):
         return pick(self.logits(hidden), uniform[:, 0, 0])[:, None, None]
 
 
-def coordinates(layout: Grid2D | Ordered1D) -> Float[Tensor, "N axes"]:
+def coordinates(layout: Layout) -> Float[Tensor, "N axes"]:
     """Rotary coordinates: the cell on a grid; in a sequence the condition stands at 0 and code n at n + 1."""
     if isinstance(layout, Grid2D):
         rows, columns = torch.meshgrid(torch.arange(layout.height), torch.arange(layout.width), indexing="ij")
@@ -140,6 +140,9 @@ class GPT(Generator):
     Raises:
         UserError: if the adapter cannot model ``spec`` or the sizes do not fit each other.
     """
+
+    _cos: Tensor
+    _sin: Tensor
 
     def __init__(self, config: Config, spec: TokenSpec, adapter: CodeAdapter) -> None:
         super().__init__()

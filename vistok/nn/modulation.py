@@ -20,6 +20,8 @@ class TimestepEmbedding(nn.Module):
         max_timestep: the time that 1000 phase units stand for; 1 for times in [0, 1].
     """
 
+    frequencies: Tensor
+
     def __init__(self, width: int, size: int = 256, base: float = 256.0, max_timestep: float = 1.0) -> None:
         super().__init__()
         half = size // 2

@@ -20,6 +20,12 @@ class FSQ(nn.Module):
         levels: number of levels of each channel; the first channel is the fastest digit of the index.
     """
 
+    _count: Tensor
+    _half: Tensor
+    _offset: Tensor
+    _shift: Tensor
+    _basis: Tensor
+
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
         if not levels or min(levels) < 2:
@@ -48,7 +54,7 @@ class FSQ(nn.Module):
         """Squash into the interval whose rounding gives exactly the levels of each channel."""
         return torch.tanh(z.float() + self._shift) * self._half - self._offset
 
-    def forward(self, z: Float[Tensor, "... C"]) -> tuple[Float[Tensor, "... C"], Int[Tensor, "..."]]:
+    def forward(self, z: Float[Tensor, "... C"]) -> tuple[Float[Tensor, "... C"], Int[Tensor, ...]]:
         """Codes in [-1, 1] with straight-through gradients, and their int64 indices."""
         bounded = self.bound(z)
         rounded = bounded + (bounded.round() - bounded).detach()
@@ -56,7 +62,7 @@ class FSQ(nn.Module):
         ids = ((rounded.detach().round().long() + half_width) * self._basis).sum(-1)
         return rounded / half_width, ids
 
-    def decode(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... C"]:
+    def decode(self, ids: Int[Tensor, ...]) -> Float[Tensor, "... C"]:
         """Codes of ``ids`` in ``[0, codebook_size)``; inverse of the indices of :meth:`forward`."""
         half_width = self._count // 2
         digits = ids[..., None] // self._basis % self._count

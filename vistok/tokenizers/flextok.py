@@ -97,7 +97,7 @@ class Config:
 _layer_norm = partial(nn.LayerNorm, eps=1e-5, elementwise_affine=False)
 
 
-def _make_blocks(width: int, depth: int, head_dim: int, **modulation: int) -> nn.ModuleList:
+def _make_blocks(width: int, depth: int, head_dim: int, **modulation: Any) -> nn.ModuleList:
     hidden = int(2 * (4 * width) / 3)
     # muP attention: the logit scale is 8 / head_dim, which equals the usual one at a head of 64.
     make = partial(Block, width, width // head_dim, hidden, _layer_norm, qk_norm=True, scale=8 / head_dim)
@@ -111,7 +111,9 @@ def registers_mask(patches: int, registers: int) -> Bool[Tensor, "n n"]:
 
 
 class Encoder(nn.Module):
-    """Latent -> unquantized register codes (section 2.3 of the paper's appendix layout: patches, then registers)."""
+    """Latent -> unquantized register codes, from the sequence ``[patches | registers]``."""
+
+    positions: Tensor
 
     def __init__(self, channels: int, grid: int, config: Config) -> None:
         super().__init__()
@@ -143,7 +145,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Noised latent, time and codes -> velocity."""
+    """Noised latent, time and codes -> velocity, from the sequence ``[noised patches | codes]``."""
+
+    positions: Tensor
 
     def __init__(self, channels: int, grid: int, config: Config) -> None:
         super().__init__()
@@ -205,10 +209,10 @@ class FlexTok(Tokenizer):
         vae: frozen diffusers ``AutoencoderKL``, or None for pixels.
     """
 
-    def __init__(self, config: Config, vae: nn.Module | None = None) -> None:
+    def __init__(self, config: Config, vae: Any = None) -> None:
         super().__init__()
         self.config = config
-        self.vae = None if vae is None else Frozen(vae)
+        self.vae: Any = None if vae is None else Frozen(vae)
         channels, factor = (3, 1) if vae is None else (vae.config.latent_channels, vae_downsampling(vae))
         self.latent_size, rest = divmod(config.image_size, factor)
         grid, patch_rest = divmod(self.latent_size, config.patch_size)
@@ -398,7 +402,7 @@ def round_up_to_pow2(keep: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
     return 2 ** torch.ceil(torch.log2(keep.double())).long()
 
 
-def vae_downsampling(vae: nn.Module) -> int:
+def vae_downsampling(vae: Any) -> int:
     """Pixels per latent pixel of a diffusers ``AutoencoderKL``."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
