@@ -22,7 +22,7 @@ components ({{name: NAME, args: {{...}}}}; a dotted name reaches a module outsid
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.epilog = EPILOG.format(**{kind: ", ".join(available(kind)) for kind in ("tokenizers", "generators", "data")})
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run (see configs/)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the file")

@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}") from error
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {_disk_error(error)}") from error
 
 
 def export(
@@ -70,9 +72,10 @@ def export(
     weights = {key: value.detach().contiguous().cpu() for key, value in state_dict.items()}
     config = to_yaml({"kind": kind, "name": component.name, "args": component.args})
     details = json.dumps({"spec": spec.to_dict(), **(extra or {})}, indent=2)
+    # The weights first: a disk that fills up on them must not leave the old ones under the news of the new ones.
+    write_atomically(folder / WEIGHTS, lambda path: save_file(weights, path))
     write_atomically(folder / CONFIG, lambda path: _write_text(path, config))
     write_atomically(folder / SPEC, lambda path: _write_text(path, details + "\n"))
-    write_atomically(folder / WEIGHTS, lambda path: save_file(weights, path))
 
 
 def export_info(folder: str | Path) -> dict[str, Any]:
@@ -95,6 +98,8 @@ def export_info(folder: str | Path) -> dict[str, Any]:
     config = read_yaml(folder / CONFIG)
     if config.get("kind") not in ("tokenizer", "generator"):
         raise UserError(f"{folder / CONFIG}: kind must be tokenizer or generator, got {config.get('kind')!r}")
+    if not isinstance(config.get("name"), str) or not isinstance(config.get("args"), dict):
+        raise UserError(f"{folder / CONFIG} is damaged: it needs a name and args")
     return {**config, **details, "spec": spec}
 
 
@@ -134,6 +139,8 @@ def tokenizer_folder(generator_folder: str | Path) -> Path:
         UserError: if it is gone, or is not the tokenizer whose hash the generator recorded.
     """
     info = _info_of_kind(generator_folder, "generator")
+    if not {"tokenizer", "tokenizer_hash"} <= info.keys():
+        raise UserError(f"{generator_folder} does not say which tokenizer it was trained on; give it with --tokenizer")
     recorded = Path(info["tokenizer"])
     folder = recorded if recorded.is_absolute() else Path(generator_folder) / recorded
     if not folder.is_dir():
@@ -269,6 +276,14 @@ def _info_of_kind(folder: str | Path, kind: str) -> dict[str, Any]:
 def _with_weights(model: Any, folder: str | Path, device: str | torch.device) -> Any:
     load_strictly(model, load_weights(Path(folder) / WEIGHTS), Path(folder) / WEIGHTS)
     return model.to(device).eval()
+
+
+def _disk_error(error: BaseException) -> BaseException:
+    """The operating system's words behind ``error``: torch.save covers "No space left" with words of its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause or error
 
 
 def _some(items: list[str], most: int = 3) -> str:

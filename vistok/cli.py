@@ -1,11 +1,17 @@
-"""What every command line shares: errors as one line, flags that print numbers the same way."""
+"""What every command line shares: mistakes as one line, words that are numbers, counts or devices."""
 
 from __future__ import annotations
 
+import argparse
+import errno
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from textwrap import shorten
+from typing import NoReturn
+
+import torch
 
 from vistok.errors import UserError
 
@@ -22,6 +28,42 @@ def main(run: Callable[[], None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.exit(_report(f"cannot write {error.filename or 'a file'}: {error.strerror}"))
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """The standard one, with a mistake as one line instead of the whole usage; run it inside :func:`main`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(f"{message} (see --help)")
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1, as a ``type`` for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def token_counts(text: str) -> list[int]:
+    """Whole numbers between commas, as a ``type`` for argparse."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers such as 1,4,16, got {text!r}") from None
+
+
+def usable_device(text: str) -> str:
+    """A device that this machine has, as a ``type`` for argparse."""
+    try:
+        torch.zeros(1, device=text).item()
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"cannot use {text!r}: {shorten(str(error), 200)}") from None
+    return text
 
 
 def quiet_libraries() -> None:

@@ -136,12 +136,12 @@ def test_non_finite_gradient_stops_before_the_update(tmp_path, monkeypatch):
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     saves, original = [], torch.save
 
-    def save(state, path):
-        saves.append(path)
+    def save(state, file):
+        saves.append(file)
         if len(saves) == 2:
-            path.write_bytes(b"half of it")
+            file.write(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
-        original(state, path)
+        original(state, file)
 
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(UserError, match=r"last\.ckpt: .*No space left on device"):

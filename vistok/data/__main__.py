@@ -11,12 +11,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from vistok.checkpoint import export_hash, load_tokenizer
-from vistok.cli import main
+from vistok.cli import ArgumentParser, main, positive_int, usable_device
 from vistok.data import code_cache, folders, shapes, shards
-from vistok.data.datamodule import load_data
+from vistok.data.datamodule import load_images
 from vistok.data.images import Record
 from vistok.data.output import new_folder
-from vistok.errors import UserError
 from vistok.rng import seeded_generator
 
 
@@ -28,8 +27,6 @@ def run() -> None:
 
 def write_shards(arguments: argparse.Namespace) -> None:
     """An image folder as WebDataset shards; train and val below it become folders of shards."""
-    if arguments.max_per_shard < 1:
-        raise UserError(f"--max-per-shard must be at least 1, got {arguments.max_per_shard}")
     # Nothing is held out here: that is for the reader of the shards to decide.
     config = folders.Config(path=arguments.images, val_fraction=0, on_error=arguments.on_error)
     splits = ("train", "val") if (Path(arguments.images) / "val").is_dir() else ("",)
@@ -50,7 +47,7 @@ def extract_tokens(arguments: argparse.Namespace) -> None:
     """The tokens of both splits of a data set as a code cache."""
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.device)
     size = tokenizer.spec.image_size_px
-    datasets = {split: load_data(arguments.data, split, size) for split in ("train", "val")}
+    datasets = {split: load_images(arguments.data, split, size) for split in ("train", "val")}
     total = len(datasets["train"]) * arguments.passes + len(datasets["val"])
     with tqdm(total=total, desc="tokens", unit="img", leave=False) as bar:
         code_cache.extract(
@@ -90,7 +87,7 @@ def _shuffled(dataset: folders.Folders) -> Iterator[Record]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m vistok.data", description="Prepare data sets.")
+    parser = ArgumentParser(prog="python -m vistok.data", description="Prepare data sets.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name, function, example):
@@ -106,24 +103,28 @@ def _parser() -> argparse.ArgumentParser:
 
     part = command("shards", write_shards, "--images photos/ --out photo_shards/ --captions")
     part.add_argument("--images", required=True, metavar="DIR", help="image folder, flat or one subfolder per class")
-    part.add_argument("--max-per-shard", type=int, default=1000, metavar="N", help="images in a shard (%(default)s)")
+    part.add_argument(
+        "--max-per-shard", type=positive_int, default=1000, metavar="N", help="images in a shard (%(default)s)"
+    )
     part.add_argument("--captions", action="store_true", help="take the .txt files beside the images along")
     part.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="unreadable images (%(default)s)")
 
     part = command("tokens", extract_tokens, "--tokenizer runs/flextok --data digits --out codes/ --passes 4")
     part.add_argument("--tokenizer", required=True, metavar="DIR", help="exported tokenizer or its run folder")
     part.add_argument("--data", required=True, help="digits, shapes, an image folder or shards")
-    part.add_argument("--passes", type=int, default=1, metavar="N", help="passes over the training split; all but "
-                      "the first augment the images (%(default)s)")  # fmt: skip
-    part.add_argument("--batch-size", type=int, default=256, metavar="N", help="images at once (%(default)s)")
+    part.add_argument("--passes", type=positive_int, default=1, metavar="N",
+                      help="passes over the training split; all but the first augment (%(default)s)")  # fmt: skip
+    part.add_argument("--batch-size", type=positive_int, default=256, metavar="N", help="images at once (%(default)s)")
     part.add_argument("--seed", type=int, default=0, metavar="N", help="of the augmentations (%(default)s)")
     part.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes (%(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    part.add_argument("--device", default=device, help="where to tokenize (%(default)s)")
+    part.add_argument("--device", default=device, type=usable_device, help="where to tokenize (%(default)s)")
 
     part = command("shapes", draw_shapes, "--out shapes_64/ --count 16 --image-size 64")
-    part.add_argument("--count", type=int, default=16, metavar="N", help="images (%(default)s)")
-    part.add_argument("--image-size", type=int, default=64, metavar="PX", help="side of the images (%(default)s)")
+    part.add_argument("--count", type=positive_int, default=16, metavar="N", help="images (%(default)s)")
+    part.add_argument(
+        "--image-size", type=positive_int, default=64, metavar="PX", help="side of the images (%(default)s)"
+    )
     part.add_argument("--split", choices=["train", "val"], default="train", help="part of the world (%(default)s)")
     part.add_argument("--seed", type=int, default=0, metavar="N", help="names the world (%(default)s)")
     return parser

@@ -170,7 +170,7 @@ def make_loader(dataset: Dataset, batches: Any, workers: int = 0, augment_seed: 
     )
 
 
-def load_data(text: str, split: str, image_size_px: int) -> Dataset:
+def load_data(text: str, split: str, image_size_px: int, **stored: Any) -> Dataset:
     """The data set that a word on a command line stands for.
 
     Args:
@@ -178,6 +178,8 @@ def load_data(text: str, split: str, image_size_px: int) -> Dataset:
             files), or the folder of a code cache.
         split: ``train`` or ``val``.
         image_size_px: side of the images.
+        stored: fields of ``ImageConfig`` for image folders and shards; ``val_fraction=1`` makes all of them ``val``,
+            unless they bring a validation split.
 
     Raises:
         UserError: if ``text`` is none of these, or what it names cannot be read.
@@ -186,17 +188,28 @@ def load_data(text: str, split: str, image_size_px: int) -> Dataset:
     if text in ("digits", "shapes"):
         component = config.Component(text)
     elif text.endswith(".tar") or any(path.glob("*.tar")) or any(path.glob("train/*.tar")):
-        component = config.Component("shards", {"path": text})
+        component = config.Component("shards", {"path": text, **stored})
     elif (path / "cache.json").is_file():
         component = config.Component("code_cache", {"path": text})
     elif path.is_dir():
-        component = config.Component("folders", {"path": text})
+        component = config.Component("folders", {"path": text, **stored})
     else:
         raise UserError(
             f"no data called {text!r}: give digits, shapes, or the path of an image folder, "
             "of shards (.tar) or of a code cache"
         )
     return config.build("data", component, split, image_size_px)
+
+
+def load_images(text: str, split: str, image_size_px: int, **stored: Any) -> Dataset:
+    """As :func:`load_data`, for those who need pixels.
+
+    Raises:
+        UserError: also if ``text`` names a code cache.
+    """
+    if (Path(text) / "cache.json").is_file():
+        raise UserError(f"{text} holds codes, not images")
+    return load_data(text, split, image_size_px, **stored)
 
 
 class _Stream(torch.utils.data.Dataset):

@@ -32,7 +32,7 @@ class TimestepEmbedding(nn.Module):
     def forward(self, time: Float[Tensor, " B"]) -> Float[Tensor, "B D"]:
         """Embedding of ``time``; the phases are float32 under any autocast (they reach hundreds of radians)."""
         phases = time.float()[:, None] * self.frequencies.float()
-        return self.mlp(torch.cat([phases.cos(), phases.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([phases.cos(), phases.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 class AdaLN(nn.Module):

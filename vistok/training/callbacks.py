@@ -311,7 +311,12 @@ class CheckpointFile(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+        def write(temporary: Path) -> None:
+            # Through Python's file, which says why the disk refuses; torch's own says "iostream error".
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+
+        write_atomically(path, write)
 
     @override
     def load_checkpoint(self, path: str | Path, *_: object, **__: object) -> dict[str, Any]:
