@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import SPECS, make_generator
-from tiny_models.args import TINY_ARGS
 
+from tiny_models.args import TINY_ARGS
+from tiny_models.models import SPECS, component_of, make_generator
 from vistok.checkpoint import export, load_generator
-from vistok.config import Component, available, build
+from vistok.config import available, build
 from vistok.errors import UserError
 from vistok.interfaces import NULL_CLASS, ClassCondition, SampleOptions
 from vistok.rng import SampleRng
@@ -41,7 +41,7 @@ def test_a_generator_accepts_some_layout_and_says_why_it_refuses_another(name):
 
 
 def test_a_fresh_loss_is_the_log_of_the_vocabulary(generator):
-    fresh = build("generators", Component(*tiny_component(generator)), generator.spec)
+    fresh = build("generators", component_of("generators", generator), generator.spec)
     report = fresh(random_tokens(generator.spec), CLASSES, torch.Generator().manual_seed(0))
     expected = sum(map(math.log, generator.spec.vocab_sizes)) / generator.spec.num_slots
     assert report.total.item() == pytest.approx(expected, abs=0.1)
@@ -78,6 +78,12 @@ def test_the_cache_changes_nothing(generator, scale):
         for use in (True, False)
     )
     assert torch.equal(cached.ids, uncached.ids)
+
+
+def test_samples_are_legal_under_bf16_autocast(generator):
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = generator.generate(CLASSES, SampleOptions(cfg_scale=2.0), SampleRng.from_seed(0, 4))
+    assert tokens.ids.shape[1] == generator.spec.num_positions
 
 
 def test_a_sample_does_not_depend_on_its_batch(generator):
@@ -120,14 +126,9 @@ def test_a_class_outside_the_range_is_refused(generator, class_id):
 
 
 def test_export_round_trip(generator, tmp_path):
-    component = Component(*tiny_component(generator))
+    component = component_of("generators", generator)
     export(tmp_path, "generator", component, generator.spec, generator.state_dict())
     loaded = load_generator(tmp_path)
     options = SampleOptions(cfg_scale=1.5)
     samples = [model.generate(CLASSES, options, SampleRng.from_seed(0, 4)).ids for model in (loaded, generator)]
     assert torch.equal(*samples)
-
-
-def tiny_component(generator):
-    name = type(generator).__module__.rsplit(".", 1)[-1]
-    return name, TINY_ARGS["generators"][name]

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tiny_models.args import TINY_ARGS
 
+from tiny_models.args import TINY_ARGS
+from tiny_models.models import component_of
 from vistok.checkpoint import export, export_info, load_tokenizer
-from vistok.config import Component, available
+from vistok.config import available
 from vistok.errors import UserError
 from vistok.rng import SampleRng
 from vistok.tokens import Ordered1D, Tokens
@@ -103,8 +104,7 @@ def test_loss_is_float32_under_bf16_autocast(tokenizer, images):
 
 
 def test_export_round_trip(tokenizer, images, tmp_path):
-    name = type(tokenizer).__module__.rsplit(".", 1)[-1]
-    component = Component(name, TINY_ARGS["tokenizers"][name])
+    component = component_of("tokenizers", tokenizer)
     export(tmp_path, "tokenizer", component, tokenizer.spec, tokenizer.state_dict())
     assert export_info(tmp_path)["spec"] == tokenizer.spec
     loaded = load_tokenizer(tmp_path)

@@ -133,10 +133,12 @@ def extract(
         progress: called with the number of images done since the last call.
 
     Raises:
-        UserError: if ``out`` exists, ``passes`` or ``batch_size`` is below 1, or the tokenizer has no codes.
+        UserError: if ``out`` exists, a number is out of range, or the tokenizer has no codes.
     """
-    if passes < 1 or batch_size < 1:
-        raise UserError(f"passes and batch_size must be at least 1, got {passes} and {batch_size}")
+    if passes < 1 or batch_size < 1 or workers < 0:
+        raise UserError(
+            f"passes and batch_size must be at least 1 and workers at least 0, got {passes}, {batch_size} and {workers}"
+        )
     if not tokenizer.spec.num_slots:
         raise UserError("this tokenizer is continuous: it has no codes to cache")
     tensors: dict[str, Tensor] = {}

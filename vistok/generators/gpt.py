@@ -204,9 +204,10 @@ class GPT(Generator):
         return self.adapter.logits(self.hidden(ids[:, :-1], condition))
 
     def loss(self, tokens: Tokens, condition: Condition, rng: torch.Generator) -> LossReport:
-        """Mean cross-entropy, nats per code."""
-        drop = torch.rand(len(tokens), generator=rng, device=rng.device) < self.config.class_dropout
-        condition = self.condition.dropped(condition, drop.to(tokens.ids.device))
+        """Mean cross-entropy, nats per code; in training mode some rows lose their class."""
+        if self.training:
+            drop = torch.rand(len(tokens), generator=rng, device=rng.device) < self.config.class_dropout
+            condition = self.condition.dropped(condition, drop.to(tokens.ids.device))
         per_code = self.adapter.loss(self.hidden(tokens.ids[:, :-1], condition), tokens.ids)
         loss = per_code.mean()
         return LossReport(loss, {"cross_entropy": loss}, tokens=tokens)
@@ -256,10 +257,7 @@ class GPT(Generator):
     def _cached_step(self, condition: Condition, count: int) -> Callable[[Tensor], Tensor]:
         """Step function that feeds only what is new since the last call."""
         prefix = self.condition(condition)
-        heads = self.config.heads
-        head_dim = self.config.width // heads
-        capacity = prefix.shape[1] + count
-        cache = KVCache(len(self.blocks), len(prefix), heads, capacity, head_dim, like=prefix)
+        cache = KVCache(len(self.blocks), capacity=prefix.shape[1] + count)
 
         def step(ids: Int[Tensor, "B n S"]) -> Float[Tensor, "B2 D"]:
             if cache.length == 0:

@@ -12,30 +12,30 @@ from vistok.nn.rope import Rotation, rotate
 class KVCache:
     """Keys and values of the positions already seen, for all layers of a transformer.
 
-    Memory is allocated once; attention reads only the filled part.
+    Memory is taken once a layer, at its first positions; attention reads only the filled part.
 
     Args:
         num_layers: transformer blocks.
-        batch: rows.
-        heads: attention heads.
         capacity: most positions that will be stored.
-        head_dim: channels of a head.
-        like: tensor whose device and type the cache takes.
     """
 
-    def __init__(self, num_layers: int, batch: int, heads: int, capacity: int, head_dim: int, like: Tensor) -> None:
-        # (keys/values, layer, ...): one allocation; index 0 of a layer is contiguous per head.
-        self._store = like.new_empty(2, num_layers, batch, heads, capacity, head_dim)
+    def __init__(self, num_layers: int, capacity: int) -> None:
+        self.capacity = capacity
+        self._store: list[Tensor | None] = [None] * num_layers
         self.length = 0
 
     def extend(
         self, layer: int, keys: Float[Tensor, "B heads n d"], values: Float[Tensor, "B heads n d"]
     ) -> tuple[Float[Tensor, "B heads N d"], Float[Tensor, "B heads N d"]]:
         """Store the new positions of ``layer`` and return all of them; :meth:`advance` makes them past."""
+        store = self._store[layer]
+        if store is None:
+            batch, heads, _, head_dim = keys.shape
+            store = self._store[layer] = keys.new_empty(2, batch, heads, self.capacity, head_dim)
         end = self.length + keys.shape[2]
-        self._store[0, layer, :, :, self.length : end] = keys
-        self._store[1, layer, :, :, self.length : end] = values
-        return self._store[0, layer, :, :, :end], self._store[1, layer, :, :, :end]
+        store[0, :, :, self.length : end] = keys
+        store[1, :, :, self.length : end] = values
+        return store[0, :, :, :end], store[1, :, :, :end]
 
     def advance(self, count: int) -> None:
         """Call once all layers have stored ``count`` new positions."""
