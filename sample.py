@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
 from pathlib import Path
 
 import torch
@@ -11,97 +13,110 @@ from tqdm import tqdm
 from vistok import cli
 from vistok.checkpoint import export_info, load_tokenizer
 from vistok.config import parse_overrides
-from vistok.data.datamodule import load_data
+from vistok.data.datamodule import load_images
 from vistok.errors import UserError
-from vistok.eval.pictures import save_png
-from vistok.eval.reconstruction import picture_reconstruction, prefix_lengths
+from vistok.eval.pictures import labelled_grid, save_png
+from vistok.eval.reconstruction import prefix_lengths
 from vistok.interfaces import NULL_CLASS, SampleOptions
-from vistok.pipeline import load_models, sample_images, save_images
+from vistok.pipeline import decode_images, load_models, sample_images, save_images, to_uint8, tokenize_images
 
-EXAMPLES = """examples:
-  python sample.py --checkpoint runs/demo/generator --class 3 --count 16 --cfg-scale 2 --out samples/
-  python sample.py --checkpoint runs/demo/tokenizer --images DIR --tokens 1,4,16 --out samples/
+EXAMPLES = """writes for a generator:
+  OUT/grid.png  OUT/00000.png ...  OUT/samples.npz (uint8 arr_0, N x H x W x 3, for FID evaluators)
+and for a tokenizer:
+  OUT/reconstruction.png, and grid.png, 00000.png ... and samples.npz in OUT/original/, OUT/tokens_004/ ...
+
+examples:
+  python sample.py --checkpoint runs/demo/generator --class 3 --count 16 --cfg-scale 2 --top-p 0.95 --out samples/
+  python sample.py --checkpoint runs/demo/tokenizer --images DIR --tokens 1,4,16 --out reconstructions/
 """
+SAMPLING = ("cfg_scale", "temperature", "top_k", "top_p")
+FLAGS_OF = {"generator": ("class", "tokenizer", *SAMPLING), "tokenizer": ("images", "on_error")}
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
+    """The command line; flags of one kind of model are None where they are not given."""
+    parser = cli.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="run or export folder")
-    parser.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR", help="default: samples/")
-    parser.add_argument("--tokens", metavar="K[,K...]", help="tokens of ordered codes (default: all, or powers of two)")
-    parser.add_argument("--count", type=int, default=16, help="images (default: 16)")
-    parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
-    parser.add_argument("--decode", nargs="*", default=[], metavar="key=value", help="decode options, such as steps=8")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="run or export folder")
+    add("--out", type=Path, default=Path("samples"), metavar="DIR", help="default: samples/")
+    add("--tokens", type=cli.token_counts, metavar="K[,K...]", help="of ordered codes (default: all, or 1, 2, 4, ...)")
+    add("--count", type=cli.positive_int, default=16, metavar="N", help="images (default: 16)")
+    add("--seed", type=int, default=0, metavar="N", help="image i depends on seed and i alone (default: 0)")
+    add("--batch-size", type=cli.positive_int, default=64, metavar="N", help="images at a time (default: 64)")
+    add("--decode", nargs="*", default=[], metavar="key=value", help="decode options, such as steps=8")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="default: %(default)s")
-    one = parser.add_argument_group("generator")
-    one.add_argument("--class", dest="class_id", metavar="C", help="class number or name (default: all in turn)")
-    one.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the one the generator was trained on")
-    one.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale; 1 is none (default: 1)")
-    one.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest code (default: 1)")
-    one.add_argument("--top-k", type=int, default=0, help="keep the k likeliest codes; 0 keeps all (default: 0)")
-    one.add_argument("--top-p", type=float, default=1.0, help="keep this much probability; 1 keeps all (default: 1)")
-    two = parser.add_argument_group("tokenizer")
-    two.add_argument("--images", metavar="DATA", help="image folder (or digits, shapes, shards) to reconstruct")
-    args = parser.parse_args()
-    if args.count < 1 or args.batch_size < 1:
-        raise UserError("--count and --batch-size must be at least 1")
-    return args
-
-
-def token_counts(text: str | None) -> list[int] | None:
-    """Whole numbers between commas."""
-    try:
-        return None if text is None else [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--tokens takes whole numbers such as 1,4,16, got {text!r}") from None
-
-
-def reconstruct(args: argparse.Namespace) -> None:
-    """Write a grid: one row for each image, the original and each number of tokens as columns."""
-    if args.images is None:
-        raise UserError(f"{args.checkpoint} holds a tokenizer: give the images to reconstruct with --images DIR")
-    tokenizer = load_tokenizer(args.checkpoint, args.device)
-    lengths = prefix_lengths(tokenizer.spec, token_counts(args.tokens))
-    data = load_data(args.images, "val", tokenizer.spec.image_size_px)
-    samples = [data.get(index, None) for index in range(min(args.count, len(data)))]
-    picture = picture_reconstruction(tokenizer, samples, lengths, args.seed, parse_overrides(args.decode))
-    save_png(picture, args.out / "reconstruction.png")
-    print(f"{len(samples)} images, columns {lengths}: {args.out / 'reconstruction.png'}")
+    add("--device", type=cli.usable_device, default=device, help="default: %(default)s")
+    add = parser.add_argument_group("for a generator").add_argument
+    add("--class", metavar="C", help="class number or name (default: all in turn)")
+    add("--tokenizer", type=Path, metavar="DIR", help="default: the one that the generator was trained on")
+    add("--cfg-scale", type=float, metavar="S", help="guidance scale; 1 is none (default: 1)")
+    add("--temperature", type=float, metavar="T", help="0 takes the likeliest code (default: 1)")
+    add("--top-k", type=int, metavar="K", help="keep the k likeliest codes; 0 keeps all (default: 0)")
+    add("--top-p", type=float, metavar="P", help="keep this much probability; 1 keeps all (default: 1)")
+    add = parser.add_argument_group("for a tokenizer").add_argument
+    add(
+        "--images",
+        metavar="DATA",
+        help="image folder (its val/ if it has one, else all of it), shards, digits or shapes",
+    )
+    add("--on-error", choices=("stop", "skip"), help="unreadable images (default: stop)")
+    return parser.parse_args()
 
 
 def generate(args: argparse.Namespace) -> None:
     """Write a grid, one PNG for each sample, and ``samples.npz``."""
-    lengths = token_counts(args.tokens) or [None]
-    if len(lengths) > 1:
-        raise UserError("a generator takes one number of --tokens")
-    options = SampleOptions(args.cfg_scale, args.temperature, args.top_k, args.top_p, lengths[0])
+    flags = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    SampleOptions(**flags)  # refuses bad values before anything is loaded
     generator, tokenizer, _ = load_models(args.checkpoint, args.tokenizer, args.device)
-    names = export_info(args.checkpoint).get("class_names") or [str(c) for c in range(generator.num_classes)]
-    class_ids = torch.arange(args.count) % generator.num_classes if names else torch.full((args.count,), NULL_CLASS)
-    if args.class_id is not None:
-        class_ids = torch.full((args.count,), class_number(args.class_id, names))
+    if args.tokens is not None:
+        if len(args.tokens) > 1:
+            raise UserError(f"--tokens: a generator takes one number, got {len(args.tokens)}")
+        (flags["num_tokens"],) = prefix_lengths(generator.spec, args.tokens)
+    names = export_info(args.checkpoint).get("class_names") or []
+    names += [str(number) for number in range(len(names), generator.num_classes)]
+    wanted = getattr(args, "class")
+    class_ids = torch.arange(args.count) % len(names) if names else torch.full((args.count,), NULL_CLASS)
+    if wanted is not None:
+        class_ids = torch.full((args.count,), class_number(wanted, names))
+    decode = parse_overrides(args.decode)
     with tqdm(total=args.count, desc="sample", unit="img", leave=False) as bar:
         images = sample_images(
-            generator,
-            tokenizer,
-            class_ids,
-            options,
-            args.seed,
-            args.batch_size,
-            parse_overrides(args.decode),
-            bar.update,
+            generator, tokenizer, class_ids, SampleOptions(**flags), args.seed, args.batch_size, decode, bar.update
         )
     save_images(args.out, images, [names[c] if c >= 0 else "" for c in class_ids.tolist()])
     print(f"{args.count} samples: {args.out / 'grid.png'}, {args.out / 'samples.npz'}")
 
 
+def reconstruct(args: argparse.Namespace) -> None:
+    """Write a grid (rows are images, columns the original and numbers of tokens), and each column as files."""
+    if args.images is None:
+        raise UserError(f"{args.checkpoint} holds a tokenizer: give the images to reconstruct with --images DIR")
+    tokenizer = load_tokenizer(args.checkpoint, args.device)
+    lengths = prefix_lengths(tokenizer.spec, args.tokens)
+    size = tokenizer.spec.image_size_px
+    data = load_images(args.images, "val", size, val_fraction=1.0, on_error=args.on_error or "stop")
+    # By key, because the next image stands in for one that is skipped.
+    found = {sample["key"]: sample["image"] for sample in map(data.get, range(min(args.count, len(data))))}
+    images, decode = torch.stack(list(found.values())), parse_overrides(args.decode)
+    columns = {"original": to_uint8(images)}
+    with tqdm(total=len(images) * len(lengths), desc="reconstruct", unit="img", leave=False) as bar:
+        tokens = tokenize_images(tokenizer, images, args.batch_size)
+        for length in lengths:
+            part = tokens.prefix(length) if tokens.is_ordered else tokens
+            decoded = decode_images(tokenizer, part, args.seed, args.batch_size, decode, bar.update)
+            columns[f"tokens_{length:03d}"] = decoded
+    for name, column in columns.items():
+        save_images(args.out / name, column, [""] * len(column))
+    titles = ["original"] + [f"{length} token{'s' * (length > 1)}" for length in lengths]
+    picture = labelled_grid(torch.stack(list(columns.values()), dim=1), list(found), titles, cell_px=72)
+    save_png(picture, args.out / "reconstruction.png")
+    print(f"{len(images)} images, columns {lengths}: {args.out / 'reconstruction.png'}")
+
+
 def class_number(text: str, names: list[str]) -> int:
-    """The class that a number or a name stands for.
+    """The class that a name or a number stands for.
 
     Raises:
         UserError: if there is none.
@@ -110,13 +125,29 @@ def class_number(text: str, names: list[str]) -> int:
         return names.index(text)
     if text.isdecimal() and int(text) < len(names):
         return int(text)
-    raise UserError(f"--class {text}: this generator knows 0..{len(names) - 1} ({', '.join(names[:10])})")
+    if not names:
+        raise UserError(f"--class {text}: this generator was trained without classes")
+    close = difflib.get_close_matches(text, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise UserError(f"--class {text}: no such class; there are 0..{len(names) - 1} ({', '.join(names[:10])}){hint}")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError if files could not be written to ``folder``, before time is spent on them."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"--out: cannot write to {folder}: {existing} is no folder that you may write to")
 
 
 def main() -> None:
     """Parse the command line; what the checkpoint holds decides what happens."""
     args = parse()
-    (generate if export_info(args.checkpoint)["kind"] == "generator" else reconstruct)(args)
+    kind = export_info(args.checkpoint)["kind"]
+    other = "tokenizer" if kind == "generator" else "generator"
+    if foreign := [name for name in FLAGS_OF[other] if getattr(args, name) is not None]:
+        raise UserError(f"--{foreign[0].replace('_', '-')} is for a {other}, but {args.checkpoint} holds a {kind}")
+    check_writable(args.out)
+    (generate if kind == "generator" else reconstruct)(args)
 
 
 if __name__ == "__main__":

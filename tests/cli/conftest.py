@@ -1,9 +1,10 @@
+import importlib
 import runpy
 import sys
 
 import pytest
-from tiny_models.runs import ROOT
 
+from tiny_models.runs import ROOT
 from vistok.cli import main
 
 
@@ -21,7 +22,7 @@ def run_script(monkeypatch, capsys):
             if name.endswith(".py"):
                 runpy.run_path(str(ROOT / name), run_name="__main__")
             else:
-                main(sys.modules[f"{name}.__main__"].run)
+                main(importlib.import_module(f"{name}.__main__").run)
         except SystemExit as stop:
             code = stop.code or 0
         return code, *capsys.readouterr()

@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from tiny_models.args import TINY_ARGS
 from tiny_models.runs import ROOT, read_state
-
 from vistok.checkpoint import export_info, load_generator, load_tokenizer
 from vistok.config import Component
 from vistok.training.run import DataConfig, LogConfig, RunConfig, load_config, train

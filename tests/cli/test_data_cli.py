@@ -113,4 +113,4 @@ def test_the_module_runs_as_a_command(tmp_path):
     command = [sys.executable, "-m", "vistok.data", "shapes", "--out", str(tmp_path), "--count", "0"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: shapes: need a count above 0")
+    assert result.stderr.startswith("error: argument --count: ")

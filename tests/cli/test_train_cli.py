@@ -7,8 +7,8 @@ import sys
 import time
 
 import pytest
-from tiny_models.runs import ROOT, read_state, start_process, tiny_yaml
 
+from tiny_models.runs import ROOT, read_state, start_process, tiny_yaml
 from vistok.checkpoint import load_tokenizer
 
 

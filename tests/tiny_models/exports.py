@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models.args import TINY_ARGS
 from torch import nn
 
+from tiny_models.args import TINY_ARGS
 from vistok.checkpoint import export, export_hash, load_tokenizer
 from vistok.config import Component, build
 

@@ -116,6 +116,29 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*file/deep/x"):
+        write_atomically(tmp_path / "file/deep/x", lambda path: path.touch())
+
+
+def test_the_disk_is_quoted_not_the_library_that_met_it(tmp_path):
+    def write(path):
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("enforce fail at inline_container.cc")
+
+    with pytest.raises(UserError, match=r"No space left on device$"):
+        write_atomically(tmp_path / "x", write)
+
+
+def test_a_generator_that_names_no_tokenizer(tmp_path):
+    export(tmp_path, "generator", Component("gpt", {}), TokenSpec(Ordered1D(2), (12,), 2, 8), {"x": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"does not say which tokenizer .* --tokenizer"):
+        tokenizer_folder(tmp_path)
+
+
 def test_key_maps_join_split_and_refuse():
     keys = KeyMap(
         "test", [KeyRule("a.{i}.qk", ("x{i}.q", "x{i}.k")), KeyRule("t", ("u",), lambda x: x.T, lambda x: x.T)]

@@ -118,7 +118,7 @@ def test_nothing_half_written_is_left(tmp_path):
 
 
 def test_bad_requests_are_refused(tmp_path):
-    with pytest.raises(UserError, match="passes and batch_size must be at least 1, got 0 and 256"):
+    with pytest.raises(UserError, match="at least 1 and workers at least 0, got 0, 256 and 0"):
         extract(tmp_path / "a", passes=0)
     continuous = MeanTokenizer()
     continuous.spec = TokenSpec(Grid2D(2, 2), (), 4, 16)

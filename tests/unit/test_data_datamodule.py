@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from vistok.config import available
-from vistok.data.datamodule import DataModule, load_data, ordered_batches
+from vistok.data.datamodule import DataModule, load_data, load_images, ordered_batches
 from vistok.errors import UserError
 
 
@@ -74,3 +75,17 @@ def test_bad_numbers_are_refused():
 
 def test_the_room_lists_its_data_sets():
     assert available("data") == ["code_cache", "digits", "folders", "shapes", "shards"]
+
+
+def test_stored_images_take_options_and_can_be_all_validation(tmp_path):
+    for n in range(5):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{n}.png")
+    assert len(load_images(str(tmp_path), "val", 8, val_fraction=1.0)) == 5
+    (tmp_path / "2.png").write_bytes(b"")
+    data = load_data(str(tmp_path), "val", 8, val_fraction=1.0, on_error="skip")
+    with pytest.warns(UserWarning, match="skipped 1"):
+        assert data.get(2)["key"] == "3.png"
+    assert len(load_images("digits", "val", 16, val_fraction=1.0)) == 297
+    (tmp_path / "cache.json").write_text("{}")
+    with pytest.raises(UserError, match="holds codes, not images"):
+        load_images(str(tmp_path), "val", 8)

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from tiny_models.tokenizer import Config, TinyTokenizer
 
+from tiny_models.tokenizer import Config, TinyTokenizer
 from vistok.training.ema import Ema, averaged
 from vistok.training.optim import OptimConfig
 from vistok.training.tasks import LossTask

@@ -8,10 +8,10 @@ import signal
 
 import pytest
 import torch
+
 from tiny_models.generator import TinyGenerator
 from tiny_models.runs import read_state, tiny_run
 from tiny_models.tokenizer import TinyTokenizer
-
 from vistok.checkpoint import export_hash, export_info, load_generator, load_tokenizer
 from vistok.errors import UserError
 from vistok.training import callbacks
