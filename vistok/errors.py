@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     Command lines print the message without a traceback and exit with code 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, short enough to stand in a message of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -45,12 +45,6 @@ class SampleRng:
     def __len__(self) -> int:
         return len(self.seeds)
 
-    def __getitem__(self, rows: slice) -> SampleRng:
-        """The streams of some samples, each continued from where it stands."""
-        part = SampleRng([])
-        part.seeds, part._generators = self.seeds[rows], self._generators[rows]
-        return part
-
     def normal(self, *shape: int) -> Float[Tensor, B * shape]:
         """Standard normal noise, float32 on the CPU."""
         return torch.stack([torch.randn(shape, generator=generator) for generator in self._generators])

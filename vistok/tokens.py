@@ -146,9 +146,6 @@ class Tokens:
     def __len__(self) -> int:
         return self.ids.shape[0]
 
-    def to(self, device: torch.device | str) -> Tokens:
-        return Tokens(self.ids.to(device), self.spec)
-
     def prefix(self, num_tokens: int) -> Tokens:
         """The first ``num_tokens`` positions of an ordered code.
 

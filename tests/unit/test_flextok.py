@@ -176,7 +176,8 @@ def test_sizes_of_the_released_models():
 class _FakeVae(torch.nn.Module):
     def __init__(self, channels):
         super().__init__()
-        self.config = type("Config", (), {"latent_channels": channels, "block_out_channels": (1,) * 4})
+        values = {"latent_channels": channels, "block_out_channels": (1,) * 4, "scaling_factor": 1.0}
+        self.config = type("Config", (), values)
 
 
 def test_latents_of_a_frozen_vae(tmp_path, images):
@@ -204,8 +205,12 @@ def test_latents_of_a_frozen_vae(tmp_path, images):
         expected = vae.eval().encode(images).latent_dist.mean * 0.7
     torch.testing.assert_close(latent, expected)
     assert model.decode(model.tokenize(images), SampleRng.from_seed(0, 4), steps=1).shape == images.shape
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.encode_latent(images), latent), "a frozen VAE keeps its own precision"
     with pytest.raises(UserError, match="AutoencoderKL"):
         build(replace(TINY, vae=str(tmp_path / "nothing")))
+    with pytest.raises(UserError, match="vae_scale"):
+        build(replace(TINY, vae=str(tmp_path), patch_size=2, vae_scale=0.0))
 
 
 @pytest.mark.parametrize(
@@ -214,6 +219,13 @@ def test_latents_of_a_frozen_vae(tmp_path, images):
         ({"image_size": 18}, "image_size 18 is no multiple of 4"),
         ({"image_size": 2}, "image_size 2"),
         ({"decoder_width": 50}, "decoder_width 50 is no multiple of head_dim 16"),
+        ({"patch_size": 0}, "patch_size must be at least 1"),
+        ({"head_dim": 0}, "head_dim must be at least 1"),
+        ({"num_registers": 0}, "num_registers must be at least 1"),
+        ({"encoder_depth": -1}, "encoder_depth must be at least 0"),
+        ({"fsq_levels": (1, 5)}, "fsq_levels must all be at least 2"),
+        ({"null_probability": 1.5}, "null_probability must lie in"),
+        ({"keep": "pow2", "num_registers": 6}, "power of two"),
     ],
 )
 def test_sizes_that_do_not_fit(change, words):

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,6 +86,12 @@ def test_heads_must_leave_channels_for_both_axes():
     with pytest.raises(UserError, match="multiple of 4"):
         build(Config(width=30, depth=1, heads=5), SPEC)
     build(Config(width=30, depth=1, heads=5), TokenSpec(Ordered1D(4), (5,), 2, 16))
+
+
+@pytest.mark.parametrize("wrong", [{"heads": 0}, {"mlp_multiple": 0}, {"num_classes": -1}, {"dropout": 2.0}])
+def test_numbers_that_no_model_can_have(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        build(replace(TINY, **wrong), SPEC)
 
 
 def test_rotation_depends_on_relative_positions():

@@ -16,8 +16,6 @@ class Net(nn.Module):
         self.embedding = nn.Embedding(5, 4)
         self.tied_head = nn.Linear(4, 5, bias=False)
         self.tied_head.weight = self.embedding.weight
-        self.exempt = nn.Linear(4, 4, bias=False)
-        self.exempt.weight.no_weight_decay = True
         self.registers = nn.Parameter(torch.zeros(8, 4))
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
 
@@ -30,7 +28,6 @@ def test_weights_of_linear_and_conv_layers_decay_and_nothing_else():
     expected = [
         "conv.bias",
         "embedding.weight",
-        "exempt.weight",
         "linear.bias",
         "norm.bias",
         "norm.weight",

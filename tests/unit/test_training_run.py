@@ -243,6 +243,43 @@ def test_resuming_another_run_is_refused(tmp_path, change, message):
         train(tiny_run(tmp_path, "resume=auto", change))
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    ["optim.clip_norm=-1", "optim.lr=-1", "optim.betas=[2,1]", "optim.warmup_updates=-5", "data.workers=-1"],
+)
+def test_numbers_outside_their_range_are_refused(tmp_path, wrong):
+    with pytest.raises(UserError, match=wrong.split("=")[0]):
+        tiny_run(tmp_path, wrong)
+
+
+def test_a_start_that_failed_does_not_block_the_next(tmp_path):
+    with pytest.raises(UserError, match="nan"):
+        train(tiny_run(tmp_path, "tokenizer.args.nan_after_images=1"))
+    train(tiny_run(tmp_path))
+    assert read_state(tmp_path / "run")["updates"] == 8
+
+
+def test_a_checkpoint_of_another_model_is_one_line(tmp_path):
+    train(tiny_run(tmp_path, "trainer.max_updates=1"))
+    (tmp_path / "run" / "run.yaml").unlink()
+    new = (f"resume={tmp_path / 'run'}", f"output={tmp_path / 'new'}", "tokenizer.args.registers=3")
+    with pytest.raises(UserError, match=r"does not fit TinyTokenizer: .*decoder\.weight") as error:
+        train(tiny_run(tmp_path, *new))
+    assert "\n" not in str(error.value) and not (tmp_path / "new" / "run.yaml").exists()
+
+
+def test_a_generator_does_not_go_on_with_another_tokenizer(tmp_path):
+    train(tiny_run(tmp_path, "trainer.max_updates=1"))
+    shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    train(tiny_run(tmp_path, "trainer.max_updates=1", "seed=1", f"output={tmp_path / 'other'}"))
+    overrides = ["generator.name=tiny_models.generator", f"output={tmp_path / 'generator'}"]
+    train(tiny_run(tmp_path, *overrides, f"tokenizer={tmp_path / 'run'}", "trainer.max_updates=1"))
+    with pytest.raises(UserError, match="was trained on the tokenizer of hash"):
+        train(tiny_run(tmp_path, *overrides, f"tokenizer={tmp_path / 'other'}", "resume=auto"))
+    train(tiny_run(tmp_path, *overrides, f"tokenizer={tmp_path / 'moved'}", "resume=auto"))
+    assert read_state(tmp_path / "generator")["updates"] == 8
+
+
 def test_a_used_folder_needs_resume(tmp_path):
     train(tiny_run(tmp_path, "trainer.max_updates=1"))
     with pytest.raises(UserError, match="already holds a run: go on with it by resume=auto"):

@@ -147,6 +147,7 @@ class GPT(Generator):
     def __init__(self, config: Config, spec: TokenSpec, adapter: CodeAdapter) -> None:
         super().__init__()
         axes = adapter.coordinates.shape[1]
+        _check_ranges(config)
         if config.width % config.heads or (config.width // config.heads) % (2 * axes):
             raise UserError(
                 f"gpt: width {config.width} over {config.heads} heads must leave a multiple of {2 * axes} channels"
@@ -283,6 +284,16 @@ class GPT(Generator):
 
     def _rope(self, start: int, count: int) -> Rotation:
         return self._cos[start : start + count], self._sin[start : start + count]
+
+
+def _check_ranges(config: Config) -> None:
+    """Raise UserError for a number that no model can have."""
+    for name in ("width", "depth", "heads", "num_classes", "mlp_multiple"):
+        if getattr(config, name) < (0 if name == "num_classes" else 1):
+            raise UserError(f"gpt: {name} is {getattr(config, name)}, which is too small")
+    for name in ("dropout", "class_dropout"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"gpt: {name} must lie in [0, 1], got {getattr(config, name)}")
 
 
 LLAMAGEN_KEYS = KeyMap(

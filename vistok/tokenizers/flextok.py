@@ -10,8 +10,10 @@ The encoder's mask lets register i see all patches and registers <= i, and patch
 depends on what follows. The decoder is trained on random prefixes (nested dropout) and on none (guidance).
 There is no pixel, perceptual or adversarial loss: only the velocity of a rectified flow.
 
-Departures from the published code, none of which changes what a model computes: batches are plain (B, N, D) tensors
-instead of packed sequences; query, key and value, and gate and up, are one projection; the 2D positions are buffers.
+Departures from the published code. Without effect on what is computed: batches are plain (B, N, D) tensors instead of
+packed sequences; query, key and value, and gate and up, are one projection; the 2D positions are buffers. With effect:
+latents are the mode of the VAE's posterior where the published code samples it, so that tokens are deterministic; and
+guidance is plain classifier-free guidance.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vistok.checkpoint import KeyMap, KeyRule
-from vistok.errors import UserError
+from vistok.errors import UserError, first_line
 from vistok.flow.guidance import guide
 from vistok.flow.path import interpolate, target_velocity
 from vistok.flow.solvers import euler
@@ -213,6 +215,7 @@ class FlexTok(Tokenizer):
         super().__init__()
         self.config = config
         self.vae: Any = None if vae is None else Frozen(vae)
+        _check_ranges(config)
         channels, factor = (3, 1) if vae is None else (vae.config.latent_channels, vae_downsampling(vae))
         self.latent_size, rest = divmod(config.image_size, factor)
         grid, patch_rest = divmod(self.latent_size, config.patch_size)
@@ -225,6 +228,7 @@ class FlexTok(Tokenizer):
             if getattr(config, name) % config.head_dim:
                 raise UserError(f"flextok: {name} {getattr(config, name)} is no multiple of head_dim {config.head_dim}")
         self.channels = channels
+        self.vae_scale = self._vae_scale()
         self.quantizer = FSQ(config.fsq_levels)
         self.encoder = Encoder(channels, grid, config)
         self.decoder = Decoder(channels, grid, config)
@@ -252,6 +256,19 @@ class FlexTok(Tokenizer):
         for token in (self.encoder.registers, decoder.register_positions, decoder.mask_token, decoder.null_token):
             nn.init.normal_(token, std=self.config.token_std)
 
+    def _vae_scale(self) -> float:
+        """Factor on the latents.
+
+        Raises:
+            UserError: if neither the config nor the VAE states one.
+        """
+        if self.vae is None:
+            return 1.0
+        scale = self.vae.module.config.scaling_factor if self.config.vae_scale is None else self.config.vae_scale
+        if not scale:
+            raise UserError("flextok: the VAE's config states no scaling_factor: give vae_scale")
+        return float(scale)
+
     @property
     def decode_defaults(self) -> dict[str, Any]:
         """Steps and guidance of the config."""
@@ -263,16 +280,15 @@ class FlexTok(Tokenizer):
         """What encoder and flow work on: the mode of the VAE's posterior, scaled; or the images themselves."""
         if self.vae is None:
             return images
-        with torch.no_grad():
-            return self.vae.on(images.device).encode(images).latent_dist.mode() * self._vae_scale
+        with torch.no_grad(), self.vae.exact(images.device):
+            return self.vae.on(images.device).encode(images.float()).latent_dist.mode() * self.vae_scale
 
     def decode_latent(self, latent: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
         """Inverse of :meth:`encode_latent`."""
-        return latent if self.vae is None else self.vae.on(latent.device).decode(latent / self._vae_scale).sample
-
-    @property
-    def _vae_scale(self) -> float:
-        return self.config.vae_scale or self.vae.module.config.scaling_factor
+        if self.vae is None:
+            return latent
+        with self.vae.exact(latent.device):
+            return self.vae.on(latent.device).decode(latent.float() / self.vae_scale).sample
 
     # ------------------------------------------------------------------ tokens
 
@@ -317,9 +333,9 @@ class FlexTok(Tokenizer):
             UserError: for an unknown option or one outside its range.
         """
         if unknown:
-            raise UserError(f"flextok: unknown decode option {next(iter(unknown))!r} (valid: keep, steps, guidance)")
-        steps = self.config.steps if steps is None else int(steps)
-        guidance = self.config.guidance if guidance is None else float(guidance)
+            raise UserError(f"flextok: unknown decode option {next(iter(unknown))!r} (valid: steps, guidance)")
+        steps = self.config.steps if steps is None else steps
+        guidance = self.config.guidance if guidance is None else guidance
         if steps < 1:
             raise UserError(f"flextok: steps must be at least 1, got {steps}")
         codes = self.embed(tokens) if isinstance(tokens, Tokens) else tokens
@@ -402,6 +418,23 @@ def round_up_to_pow2(keep: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
     return 2 ** torch.ceil(torch.log2(keep.double())).long()
 
 
+def _check_ranges(config: Config) -> None:
+    """Raise UserError for a number that no model can have."""
+    sizes = ("image_size", "patch_size", "num_registers", "encoder_width", "decoder_width", "head_dim", "steps")
+    for name in sizes:
+        if getattr(config, name) < 1:
+            raise UserError(f"flextok: {name} must be at least 1, got {getattr(config, name)}")
+    for name in ("encoder_depth", "decoder_depth"):
+        if getattr(config, name) < 0:
+            raise UserError(f"flextok: {name} must be at least 0, got {getattr(config, name)}")
+    if not 0 <= config.null_probability <= 1:
+        raise UserError(f"flextok: null_probability must lie in [0, 1], got {config.null_probability}")
+    if not config.fsq_levels or min(config.fsq_levels) < 2:
+        raise UserError(f"flextok: fsq_levels must all be at least 2, got {list(config.fsq_levels)}")
+    if config.keep == "pow2" and config.num_registers & (config.num_registers - 1):
+        raise UserError(f"flextok: keep=pow2 needs a power of two, not num_registers={config.num_registers}")
+
+
 def vae_downsampling(vae: Any) -> int:
     """Pixels per latent pixel of a diffusers ``AutoencoderKL``."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
@@ -469,10 +502,10 @@ def build(config: Config) -> FlexTok:
     from diffusers import AutoencoderKL
 
     try:
-        vae = AutoencoderKL.from_pretrained(config.vae)
+        vae = AutoencoderKL.from_pretrained(config.vae, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"flextok: vae {config.vae!r} is no readable diffusers AutoencoderKL folder "
-            f"(config.json + diffusion_pytorch_model.safetensors): {str(error).splitlines()[0]}"
+            f"flextok: vae {config.vae!r} is no readable folder of a diffusers AutoencoderKL "
+            f"(config.json + diffusion_pytorch_model.safetensors): {first_line(error)}"
         ) from None
     return FlexTok(config, vae)

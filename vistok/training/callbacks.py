@@ -176,7 +176,10 @@ class ProgressLine(L.Callback):
         names = [name for name in row if name.startswith("train/loss")]
         # One term alone is the loss.
         losses = [f"{name.removeprefix('train/')} {row[name]:.4g}" for name in (names if len(names) > 2 else names[:1])]
-        codes = [f"perplexity {row[key]:.0f}" for key in ("train/codebook_perplexity",) if key in row]
+        codes = []
+        if "train/codebook_usage" in row:
+            usage, perplexity = row["train/codebook_usage"], row["train/codebook_perplexity"]
+            codes = [f"codes {usage:.0%} used, perplexity {perplexity:.0f}"]
         return ", ".join([*losses, *codes, f"{row['train/images_per_s']:.0f} images/s", f"{_memory_gb(device):.1f} GB"])
 
     @override

@@ -40,14 +40,13 @@ def decay_groups(net: nn.Module, weight_decay: float) -> list[dict]:
     """The trainable parameters of ``net`` in two groups: weights that decay and everything else.
 
     The weight of a linear or convolution layer decays, unless it is shared with a layer of another kind (a tied
-    embedding) or carries a true attribute ``no_weight_decay``. Biases, norms, embeddings, tokens and positions do not.
+    embedding). Biases, norms, embeddings, tokens and positions do not.
     """
     decaying: dict[int, nn.Parameter] = {}
     others: dict[int, nn.Parameter] = {}
     for module in net.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            is_matrix = isinstance(module, (nn.Linear, _ConvNd)) and name == "weight"
-            decays = is_matrix and not getattr(parameter, "no_weight_decay", False)
+            decays = isinstance(module, (nn.Linear, _ConvNd)) and name == "weight"
             if parameter.requires_grad:
                 (decaying if decays else others)[id(parameter)] = parameter
     return [

@@ -30,12 +30,12 @@ from omegaconf import MISSING
 from torch import Tensor
 
 import vistok
-from vistok.checkpoint import export, export_hash, export_info, load_strictly, load_tokenizer, write_atomically
+from vistok.checkpoint import WEIGHTS, export, export_hash, export_info, load_strictly, load_tokenizer, write_atomically
 from vistok.cli import quiet_libraries
 from vistok.config import Component, build, component_config, parse_overrides, read_yaml, to_plain, to_yaml, typed
 from vistok.data.code_cache import CodeCache, check_tokenizer
 from vistok.data.datamodule import DataModule, Dataset
-from vistok.errors import UserError
+from vistok.errors import UserError, first_line
 from vistok.interfaces import Generator, Tokenizer
 from vistok.rng import derive_seed
 from vistok.training.callbacks import (
@@ -161,7 +161,10 @@ class RunConfig:
 RUN, LAST = "run.yaml", "last.ckpt"
 LENGTHS = ("max_updates", "max_images", "max_epochs")
 FIXED_ON_RESUME = ("tokenizer", "generator", "data", "optim", "ema", "seed")
-"""Parts of a config that a resumed run cannot change: they would silently not be what the weights were made with."""
+"""Parts of a config that a resumed run cannot change: they would silently not be what the weights were made with.
+
+The tokenizer under a generator is known by its hash instead: its folder may have moved.
+"""
 
 
 def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
@@ -202,6 +205,8 @@ def train(config: RunConfig) -> None:
     net, tokenizer = _build_models(config)
     tokenizer_hash = None if tokenizer is None else export_hash(config.tokenizer)
     train_data, val_data = _build_data(config, net, tokenizer_hash)
+    if state:
+        _check_checkpoint(start, state, net, tokenizer_hash)
     write_export = _exporter(config, net, train_data, tokenizer_hash)
     ema = Ema(config.ema.decay)
     checkpoint = Checkpoint(
@@ -217,7 +222,7 @@ def train(config: RunConfig) -> None:
             _finish(config, state, net, write_export)
         return
 
-    task = LossTask(net, config.optim, max_updates, config.seed, tokenizer)
+    task = LossTask(net, config.optim, max_updates, config.seed, tokenizer, tokenizer_hash)
     data = DataModule(
         train_data, val_data, config.data.batch_size, config.data.workers, config.seed, consumed=lambda: task.images
     )
@@ -320,8 +325,8 @@ def _make_trainer(
             enable_model_summary=False,
             enable_autolog_hparams=False,
         )
-    except (MisconfigurationException, ValueError) as error:
-        raise UserError(f"trainer: {_first_line(error)}") from None
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise UserError(f"trainer: {first_line(error)}") from None
 
 
 def _max_updates(config: TrainerConfig, images_per_update: int, images_per_epoch: int) -> int:
@@ -361,7 +366,8 @@ def _find_checkpoint(config: RunConfig) -> Path | None:
 
 @rank_zero_only  # the other processes may ask after this one has begun to write
 def _refuse_used_folder(output: Path) -> None:
-    if (output / LAST).exists() or (output / RUN).exists():
+    # A run.yaml alone is what a start that failed before its first checkpoint leaves: nothing is lost by another.
+    if (output / LAST).exists() or (output / WEIGHTS).exists():
         raise UserError(f"{output} already holds a run: go on with it by resume=auto, or give another output=")
 
 
@@ -370,10 +376,26 @@ def _check_same_run(config: RunConfig, path: Path) -> None:
     before, now = read_yaml(path), yaml.safe_load(to_yaml(config))
     for part in (before, now):
         part.get("data", {}).pop("workers", None)
+        if config.generator is not None:
+            part.pop("tokenizer", None)
     for name in FIXED_ON_RESUME:
-        difference = _first_difference(name, before.get(name), now[name])
+        difference = _first_difference(name, before.get(name), now.get(name))
         if difference is not None:
             raise UserError(f"cannot resume: {difference} (see {path}); give another output= for a new run")
+
+
+def _check_checkpoint(
+    path: Path | None, state: dict[str, Any], net: Tokenizer | Generator, tokenizer_hash: str | None
+) -> None:
+    """Raise UserError unless ``net`` is what the checkpoint holds, on the tokens that it was trained on."""
+    weights = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
+    load_strictly(net, weights, str(path))
+    before = state["tokenizer_hash"]
+    if before != tokenizer_hash:
+        raise UserError(
+            f"cannot resume {path}: it was trained on the tokenizer of hash {str(before)[:12]}, "
+            f"this one has {str(tokenizer_hash)[:12]}"
+        )
 
 
 def _first_difference(key: str, before: Any, now: Any) -> str | None:
@@ -393,8 +415,6 @@ def _finish(
     except UserError:
         is_exported = False
     if not is_exported:
-        weights = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
-        load_strictly(net, weights, Path(config.output) / LAST)
         write_export(averaged(net, state["callbacks"]["ema"]), progress)
     print(f"{config.output} is finished: {progress['updates']} updates, {progress['images']} images")
 
@@ -424,8 +444,20 @@ def _check_ranges(config: RunConfig, where: str | Path) -> None:
     for key, value in at_least_one.items():
         if value < 1:
             raise UserError(f"{where}: {key} must be at least 1, got {value}")
-    if not 0 <= config.ema.decay < 1:
-        raise UserError(f"{where}: ema.decay must lie in [0, 1), got {config.ema.decay}")
+    optim = config.optim
+    checks = {
+        "ema.decay must lie in [0, 1)": 0 <= config.ema.decay < 1,
+        "optim.lr must be positive": optim.lr > 0,
+        "optim.betas must lie in [0, 1)": all(0 <= beta < 1 for beta in optim.betas),
+        "optim.weight_decay must be at least 0": optim.weight_decay >= 0,
+        "optim.warmup_updates must be at least 0": optim.warmup_updates >= 0,
+        "optim.min_lr_ratio must lie in [0, 1]": 0 <= optim.min_lr_ratio <= 1,
+        "optim.clip_norm must be positive (null never clips)": optim.clip_norm is None or optim.clip_norm > 0,
+        "data.workers must be at least 0": config.data.workers >= 0,
+    }
+    for rule, holds in checks.items():
+        if not holds:
+            raise UserError(f"{where}: {rule}")
 
 
 def _write_run_yaml(config: RunConfig) -> None:
@@ -465,7 +497,3 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -35,6 +35,7 @@ class LossTask(L.LightningModule):
         max_updates: updates of the whole run.
         seed: seed of the run.
         tokenizer: frozen tokenizer that makes the tokens of a generator.
+        tokenizer_hash: of its export; the checkpoint remembers it.
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class LossTask(L.LightningModule):
         max_updates: int,
         seed: int = 0,
         tokenizer: Tokenizer | None = None,
+        tokenizer_hash: str | None = None,
     ) -> None:
         super().__init__()
         self.net = net
+        self.tokenizer_hash = tokenizer_hash
         self.tokenizer = None if tokenizer is None else Frozen(tokenizer)
         self.optim, self.max_updates, self.seed = optim, max_updates, seed
         self.updates = self.images = 0
@@ -76,7 +79,7 @@ class LossTask(L.LightningModule):
         if "ids" in batch:
             return Tokens(batch["ids"], self.net.spec)
         assert self.tokenizer is not None
-        with torch.no_grad():
+        with torch.no_grad(), self.tokenizer.exact(self.device):
             return self.tokenizer.on(self.device).tokenize(batch["image"])
 
     # ------------------------------------------------------------------ Lightning's hooks
@@ -125,7 +128,7 @@ class LossTask(L.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint.update(self.progress)
+        checkpoint.update(self.progress, tokenizer_hash=self.tokenizer_hash)
         del checkpoint["loops"]  # Lightning's clocks, see above
 
     @override
