@@ -23,7 +23,7 @@ demo: install  ## train FlexTok and a GPT on digits, sample, measure; results in
 	@$(BIN)/python train.py --config configs/digits/flextok.yaml output=$(DEMO)/tokenizer resume=auto
 	@$(BIN)/python train.py --config configs/digits/gpt.yaml tokenizer=$(DEMO)/tokenizer output=$(DEMO)/generator resume=auto
 	@$(BIN)/python -m vistok.eval reconstruction --checkpoint $(DEMO)/tokenizer --data digits --out $(DEMO)
-	@$(BIN)/python -m vistok.eval generation --checkpoint $(DEMO)/generator --data digits --count 500 --cfg-scale 2 --out $(DEMO)
+	@$(BIN)/python -m vistok.eval generation --checkpoint $(DEMO)/generator --data digits --count 500 --cfg-scale 2 --top-p 0.95 --out $(DEMO)
 	@$(BIN)/python -m vistok.eval report --run $(DEMO)
 
 test: install  ## run the whole test suite

@@ -12,13 +12,18 @@ from tqdm import tqdm
 
 from vistok import cli
 from vistok.checkpoint import export_info, load_tokenizer
-from vistok.config import parse_overrides
 from vistok.data.datamodule import load_images
 from vistok.errors import UserError
-from vistok.eval.pictures import labelled_grid, save_png
-from vistok.eval.reconstruction import prefix_lengths
 from vistok.interfaces import NULL_CLASS, SampleOptions
-from vistok.pipeline import decode_images, load_models, sample_images, save_images, to_uint8, tokenize_images
+from vistok.pictures import prefix_grid, save_images, save_png, to_uint8
+from vistok.pipeline import (
+    decode_prefixes,
+    load_models,
+    prefix_lengths,
+    read_decode_options,
+    sample_images,
+    tokenize_images,
+)
 
 EXAMPLES = """writes for a generator:
   OUT/grid.png  OUT/00000.png ...  OUT/samples.npz (uint8 arr_0, N x H x W x 3, for FID evaluators)
@@ -80,7 +85,7 @@ def generate(args: argparse.Namespace) -> None:
     class_ids = torch.arange(args.count) % len(names) if names else torch.full((args.count,), NULL_CLASS)
     if wanted is not None:
         class_ids = torch.full((args.count,), class_number(wanted, names))
-    decode = parse_overrides(args.decode)
+    decode = read_decode_options(tokenizer, args.decode)
     with tqdm(total=args.count, desc="sample", unit="img", leave=False) as bar:
         images = sample_images(
             generator, tokenizer, class_ids, SampleOptions(**flags), args.seed, args.batch_size, decode, bar.update
@@ -89,29 +94,26 @@ def generate(args: argparse.Namespace) -> None:
     print(f"{args.count} samples: {args.out / 'grid.png'}, {args.out / 'samples.npz'}")
 
 
+@cli.flag_for("data.args.on_error=", "--on-error ")
 def reconstruct(args: argparse.Namespace) -> None:
     """Write a grid (rows are images, columns the original and numbers of tokens), and each column as files."""
     if args.images is None:
         raise UserError(f"{args.checkpoint} holds a tokenizer: give the images to reconstruct with --images DIR")
     tokenizer = load_tokenizer(args.checkpoint, args.device)
-    lengths = prefix_lengths(tokenizer.spec, args.tokens)
+    lengths, decode = prefix_lengths(tokenizer.spec, args.tokens), read_decode_options(tokenizer, args.decode)
     size = tokenizer.spec.image_size_px
     data = load_images(args.images, "val", size, val_fraction=1.0, on_error=args.on_error or "stop")
     # By key, because the next image stands in for one that is skipped.
     found = {sample["key"]: sample["image"] for sample in map(data.get, range(min(args.count, len(data))))}
-    images, decode = torch.stack(list(found.values())), parse_overrides(args.decode)
-    columns = {"original": to_uint8(images)}
+    images = torch.stack(list(found.values()))
     with tqdm(total=len(images) * len(lengths), desc="reconstruct", unit="img", leave=False) as bar:
         tokens = tokenize_images(tokenizer, images, args.batch_size)
-        for length in lengths:
-            part = tokens.prefix(length) if tokens.is_ordered else tokens
-            decoded = decode_images(tokenizer, part, args.seed, args.batch_size, decode, bar.update)
-            columns[f"tokens_{length:03d}"] = decoded
-    for name, column in columns.items():
-        save_images(args.out / name, column, [""] * len(column))
-    titles = ["original"] + [f"{length} token{'s' * (length > 1)}" for length in lengths]
-    picture = labelled_grid(torch.stack(list(columns.values()), dim=1), list(found), titles, cell_px=72)
-    save_png(picture, args.out / "reconstruction.png")
+        decoded = decode_prefixes(tokenizer, tokens, lengths, args.seed, args.batch_size, decode, bar.update)
+    originals, unlabelled = to_uint8(images), [""] * len(images)
+    save_images(args.out / "original", originals, unlabelled)
+    for length, column in decoded.items():
+        save_images(args.out / f"tokens_{length:03d}", column, unlabelled)
+    save_png(prefix_grid(originals, decoded, list(found)), args.out / "reconstruction.png")
     print(f"{len(images)} images, columns {lengths}: {args.out / 'reconstruction.png'}")
 
 

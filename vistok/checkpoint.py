@@ -50,6 +50,20 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         raise UserError(f"cannot write {path}: {_disk_error(error)}") from error
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file; raises as :func:`write_atomically`."""
+    write_atomically(path, lambda partial: partial.write_text(text))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file; use it inside :func:`write_atomically` or a folder that is not yet in its place."""
+    # safetensors makes files that only their owner may read: give them the mode of any new file.
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path)
+    path.chmod(mode)
+
+
 def export(
     folder: str | Path,
     kind: str,
@@ -73,9 +87,9 @@ def export(
     config = to_yaml({"kind": kind, "name": component.name, "args": component.args})
     details = json.dumps({"spec": spec.to_dict(), **(extra or {})}, indent=2)
     # The weights first: a disk that fills up on them must not leave the old ones under the news of the new ones.
-    write_atomically(folder / WEIGHTS, lambda path: save_file(weights, path))
-    write_atomically(folder / CONFIG, lambda path: _write_text(path, config))
-    write_atomically(folder / SPEC, lambda path: _write_text(path, details + "\n"))
+    write_atomically(folder / WEIGHTS, lambda path: save_tensors(path, weights))
+    write_text(folder / CONFIG, config)
+    write_text(folder / SPEC, details + "\n")
 
 
 def export_info(folder: str | Path) -> dict[str, Any]:
@@ -288,7 +302,3 @@ def _disk_error(error: BaseException) -> BaseException:
 
 def _some(items: list[str], most: int = 3) -> str:
     return ", ".join(items[:most]) + (", ..." if len(items) > most else "")
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)

@@ -7,7 +7,8 @@ import errno
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from textwrap import shorten
 from typing import NoReturn
 
@@ -42,10 +43,41 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """``--data``, ``--data-args`` and ``--workers``, for commands that read images."""
+    parser.add_argument("--data", required=True, help="digits, shapes, an image folder or shards")
+    parser.add_argument(
+        "--data-args",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="as data.args of train.py, such as on_error=skip val_fraction=0.1",
+    )
+    parser.add_argument(
+        "--workers", type=non_negative_int, default=0, metavar="N", help="loader processes (default: %(default)s)"
+    )
+
+
+@contextmanager
+def flag_for(key: str, flag: str) -> Iterator[None]:
+    """Let the UserErrors of a command name its ``flag`` for a ``key`` of a run's config, which other rooms name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(key, flag)) from error
+
+
 def positive_int(text: str) -> int:
     """A whole number of at least 1, as a ``type`` for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def non_negative_int(text: str) -> int:
+    """A whole number of at least 0, as a ``type`` for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
     return int(text)
 
 

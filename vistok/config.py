@@ -22,7 +22,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from vistok.errors import UserError
+from vistok.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def read_yaml(path: str | Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"config file not found: {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from None
+        raise UserError(f"{path}: not readable as YAML: {first_line(error)}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping of keys to values")
     return data
@@ -64,7 +64,7 @@ def parse_overrides(pairs: list[str]) -> dict:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist(pairs))  # type: ignore[return-value]
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the overrides {' '.join(pairs)!r}: {_first_line(error)}") from None
+        raise UserError(f"cannot read the overrides {' '.join(pairs)!r}: {first_line(error)}") from None
 
 
 def typed(config_type: type[T], data: dict, where: str, overrides: dict | None = None) -> T:
@@ -86,7 +86,7 @@ def typed(config_type: type[T], data: dict, where: str, overrides: dict | None =
         except ConfigKeyError as error:
             raise UserError(f"{source}: {_unknown_key(error, config_type)}") from None
         except OmegaConfBaseException as error:
-            raise UserError(f"{source}: {error.full_key or 'config'}: {_first_line(error)}") from None
+            raise UserError(f"{source}: {error.full_key or 'config'}: {first_line(error)}") from None
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise UserError(f"{where}: missing value for {', '.join(missing)}")
@@ -124,7 +124,7 @@ def component_module(kind: str, name: str) -> ModuleType:
         module = None
     if module is None or not hasattr(module, "build"):
         raise UserError(
-            f"no {kind[:-1] if kind.endswith('s') else kind} named {name!r}{_nearest(name, available(kind))}"
+            f"no {kind[:-1] if kind.endswith('s') else kind} named {name!r}{nearest(name, available(kind))}"
         )
     return module
 
@@ -145,6 +145,13 @@ def build(kind: str, component: Component, *runtime: Any, where: str = "") -> An
     return component_module(kind, component.name).build(config, *runtime)
 
 
+def nearest(name: str, valid: list[str]) -> str:
+    """What an error message says after an unknown ``name``: the nearest valid one and all that are valid."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} (valid: {', '.join(valid)})"
+
+
 def _import(kind: str, name: str) -> ModuleType:
     return importlib.import_module(name if "." in name else f"vistok.{kind}.{name}")
 
@@ -154,14 +161,4 @@ def _unknown_key(error: ConfigKeyError, config_type: type) -> str:
     leaf = key.rsplit(".", 1)[-1]
     node = error.parent_node
     valid = list(node.keys()) if node is not None else [f.name for f in dataclasses.fields(config_type)]  # type: ignore[arg-type]
-    return f"unknown key {key!r}{_nearest(leaf, valid)}"
-
-
-def _nearest(name: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{hint} (valid: {', '.join(valid)})"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"unknown key {key!r}{nearest(leaf, valid)}"

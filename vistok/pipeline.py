@@ -12,17 +12,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from vistok.checkpoint import load_generator, load_tokenizer, tokenizer_folder, write_atomically
+from vistok.checkpoint import load_generator, load_tokenizer, tokenizer_folder
+from vistok.config import nearest, parse_overrides
 from vistok.errors import UserError
-from vistok.eval.pictures import labelled_grid, rows_by_label, save_png, to_pil
 from vistok.interfaces import ClassCondition, Generator, SampleOptions, Tokenizer
+from vistok.pictures import to_uint8
 from vistok.rng import SampleRng, derive_seed
-from vistok.tokens import Tokens
+from vistok.tokens import Ordered1D, Tokens, TokenSpec
 
 Progress = Callable[[int], None]
 """Called with the number of images finished since the last call."""
@@ -49,9 +49,42 @@ def load_models(
     return generator, decoder, folder
 
 
-def to_uint8(images: Float[Tensor, "B 3 H W"]) -> UInt8[Tensor, "B 3 H W"]:
-    """Images in [-1, 1] as 0..255, rounded to the nearest level; values outside the range are clipped."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+def prefix_lengths(spec: TokenSpec, wanted: list[int] | None = None) -> list[int]:
+    """Numbers of tokens to decode: ``wanted``, or powers of two up to all for ordered layouts and all for others.
+
+    Raises:
+        UserError: if ``wanted`` does not fit the layout.
+    """
+    total = spec.num_positions
+    if not isinstance(spec.layout, Ordered1D):
+        if wanted not in (None, [total]):
+            raise UserError(f"--tokens: only an ordered layout has meaningful prefixes, not {spec.layout}")
+        return [total]
+    if wanted is None:
+        return [2**power for power in range(total.bit_length()) if 2**power < total] + [total]
+    for length in wanted:
+        if not 1 <= length <= total:
+            raise UserError(f"--tokens: {length} is outside 1..{total}, the length of this tokenizer's code")
+    return sorted(set(wanted))
+
+
+def read_decode_options(tokenizer: Tokenizer, pairs: list[str]) -> dict[str, Any]:
+    """All options of a tokenizer's ``decode``: what ``key=value`` words of a command line say, else its defaults.
+
+    Raises:
+        UserError: for an unknown option (with the nearest valid one) or a value that is not of the default's type.
+    """
+    options = dict(tokenizer.decode_defaults)
+    for key, value in parse_overrides(pairs).items():
+        if key not in options:
+            raise UserError(f"--decode: unknown option {key!r}{nearest(key, list(options))}")
+        kind = type(options[key])
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise UserError(f"--decode: {key} must be of type {kind.__name__}, got {value!r}")
+        options[key] = value
+    return options
 
 
 def sample_images(
@@ -91,38 +124,6 @@ def sample_images(
     return torch.cat(images)
 
 
-def reconstruct_images(
-    tokenizer: Tokenizer,
-    images: Float[Tensor, "N 3 H W"],
-    num_tokens: int | None,
-    seed: int,
-    batch_size: int,
-    decode_options: dict[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> UInt8[Tensor, "N 3 H W"]:
-    """Encode and decode images.
-
-    Args:
-        tokenizer: in evaluation mode.
-        images: float32 in [-1, 1].
-        num_tokens: length of the prefix to decode, for ordered layouts; None keeps all tokens.
-        seed: names the decoder's noise.
-        batch_size: images at a time.
-        decode_options: options of the tokenizer's ``decode``.
-        progress: see :data:`Progress`.
-
-    Returns:
-        Images on the CPU.
-
-    Raises:
-        UserError: if the layout is not ordered or shorter than ``num_tokens``.
-    """
-    tokens = tokenize_images(tokenizer, images, batch_size)
-    if num_tokens is not None:
-        tokens = tokens.prefix(num_tokens)
-    return decode_images(tokenizer, tokens, seed, batch_size, decode_options, progress)
-
-
 def tokenize_images(tokenizer: Tokenizer, images: Float[Tensor, "N 3 H W"], batch_size: int) -> Tokens:
     """Tokens of images in [-1, 1], on the CPU."""
     device = _device(tokenizer)
@@ -158,29 +159,29 @@ def decode_images(
     return torch.cat(images)
 
 
-def save_images(folder: Path, images: UInt8[Tensor, "N 3 H W"], labels: list[str]) -> None:
-    """Write ``00000.png`` and so on, ``grid.png`` and ``samples.npz`` (the field's format for FID) into ``folder``.
-
-    Args:
-        folder: made if missing.
-        images: at least one.
-        labels: one for each image; a row of the grid holds images of one label.
-    """
-    folder = Path(folder)
-    for index, image in enumerate(images):
-        save_png(to_pil(image), folder / f"{index:05d}.png")
-    save_png(labelled_grid(*rows_by_label(images, labels)), folder / "grid.png")
-    save_npz(folder / "samples.npz", images)
-
-
-def save_npz(path: Path, images: UInt8[Tensor, "N 3 H W"]) -> None:
-    """Write images as ``arr_0``, uint8 ``(N, H, W, 3)``; ``path`` is whole or absent."""
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:
-            np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy())
-
-    write_atomically(path, write)
+def decode_prefixes(
+    tokenizer: Tokenizer,
+    tokens: Tokens,
+    lengths: list[int],
+    seed: int,
+    batch_size: int,
+    decode_options: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+    first: int = 0,
+) -> dict[int, UInt8[Tensor, "N 3 H W"]]:
+    """Images of each of ``lengths`` (see :func:`prefix_lengths`) first tokens; the rest as :func:`decode_images`."""
+    return {
+        length: decode_images(
+            tokenizer,
+            tokens.prefix(length) if tokens.is_ordered else tokens,
+            seed,
+            batch_size,
+            decode_options,
+            progress,
+            first,
+        )
+        for length in lengths
+    }
 
 
 def _device(module: nn.Module) -> torch.device:

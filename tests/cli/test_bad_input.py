@@ -99,7 +99,10 @@ CASES = [
     (GEN + " --top-p 1.5", ["top_p", "1.5"]),
     (GEN + " --top-k -1", ["top_k", "-1"]),
     (GEN + " --temperature -1", ["temperature", "-1"]),
-    (GEN + " --decode stepz=3", ["'stepz'", "steps"]),
+    (GEN + " --decode stepz=3", ["'stepz'", "did you mean 'steps'"]),
+    (GEN + " --decode steps=fast", ["steps must be of type int", "'fast'"]),
+    (GEN + " --decode steps=2.7", ["steps must be of type int", "2.7"]),
+    (TOK + " --decode keep=3", ["--decode: unknown option 'keep'"]),
     (GEN + " --decode steps", ["key=value", "'steps'"]),
     (GEN + " --device gpu", ["--device", "'gpu'"]),
     (DATA + " --tokenizer {root}/tok --data digits --device gpu", ["--device", "'gpu'"]),
@@ -202,7 +205,7 @@ def test_a_corrupt_shard_is_skipped_with_a_warning(run_script, world, tmp_path):
     assert run_script("vistok.data", "shards", "--images", world / "images", "--out", tmp_path / "s")[0] == 0
     shutil.copy(world / "shards/0.tar", tmp_path / "s/zero.tar")
     words = ("vistok.data", "tokens", "--tokenizer", world / "tok", "--data", tmp_path / "s", "--out", tmp_path / "c")
-    refused(run_script(*words), "zero.tar is no whole tar file", "on_error=skip")
+    refused(run_script(*words), "zero.tar is no whole tar file", "set --data-args on_error=skip")
     words = ("sample.py", "--checkpoint", world / "tok", "--images", tmp_path / "s", "--out", tmp_path / "out")
     with pytest.warns(UserWarning, match="skipped 1 of 2 shards: .*zero.tar"):
         code, out, _ = run_script(*words, "--on-error", "skip")

@@ -71,7 +71,7 @@ def test_unreadable_images_stop_or_are_counted(call, tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / f"in/{n}.png")
     (tmp_path / "in/2.png").write_bytes(b"broken")
     words = ("shards", "--images", tmp_path / "in", "--out", tmp_path / "out")
-    refused(call(*words), "2.png")
+    refused(call(*words), "2.png", "set --on-error skip")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
     with pytest.warns(UserWarning, match=r"2.png"):
         code, said, _ = call(*words, "--on-error", "skip")
@@ -91,6 +91,20 @@ def test_tokens_of_an_exported_tokenizer(call, tmp_path):
     image = load_data("digits", "train", 8).get(9)["image"]
     assert data.get(9)["ids"].equal(tokenizer.eval().tokenize(image[None]).ids[0])
     refused(call(*words), "codes exists already")
+
+
+def test_tokens_of_data_with_arguments(call, tmp_path):
+    component = Component("tiny_models.tokenizer", {})
+    tokenizer = build("tokenizers", component)
+    export(tmp_path / "tok", "tokenizer", component, tokenizer.spec, tokenizer.state_dict())
+    (tmp_path / "in").mkdir()
+    for n in range(8):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"in/{n}.png")
+    words = ("tokens", "--tokenizer", tmp_path / "tok", "--data", tmp_path / "in", "--out", tmp_path / "out")
+    refused(call(*words, "--data-args", "val_fractoin=0.5"), "--data-args", "did you mean 'val_fraction'?")
+    refused(call(*words, "--data-args", "val_fraction=0"), "'val'", "set --data-args val_fraction")
+    assert call(*words, "--data-args", "val_fraction=0.5", "--device", "cpu")[0] == 0
+    assert 2 <= len(load_data(str(tmp_path / "out"), "val", 8)) <= 6
 
 
 def test_bad_words_are_one_line(call, tmp_path):

@@ -88,11 +88,12 @@ def test_reconstruction_generation_compare_and_report(runs, evaluate):
     assert set(result["metrics"]["tokens"]["4"]) == {
         "psnr_db",
         "ssim",
-        "rFID (digits-cnn features, N=40)",
+        "rFID (digits-cnn features)",
         "class_accuracy",
     }
     assert set(result["metrics"]["codebook"]) == {"usage", "entropy_bits", "perplexity"}
     assert result["protocol"]["settings"] == {"tokens": [1, 2, 4], "decode": {"steps": 1, "guidance": 1}}
+    assert (result["protocol"]["count"], result["metrics"]["counts"]) == (40, {"images": 40})
     assert result["protocol"]["weights"] == {"tokenizer": "ema"}
     assert result["protocol"]["models"] == {"tokenizer": export_hash(runs / "tokenizer")}
     assert "--data digits --count 40" in result["run"]["command"]
@@ -103,12 +104,14 @@ def test_reconstruction_generation_compare_and_report(runs, evaluate):
     assert code == 0, err
     generation = json.loads((runs / "generator" / "eval" / "generation.json").read_text())
     assert set(generation["metrics"]["samples"]) == {
-        "gFID (digits-cnn features, N=20)",
-        "precision (digits-cnn features, N=20)",
-        "recall (digits-cnn features, N=20)",
+        "gFID (digits-cnn features)",
+        "precision (digits-cnn features)",
+        "recall (digits-cnn features)",
         "class_accuracy",
         "copies_share",
     }
+    assert generation["metrics"]["counts"] == {"samples": 20, "held_out": 297, "reference": 1500}
+    assert "samples (N=20)" in out
     wanted = {"cfg_scale": 1.5, "temperature": 1.0, "top_k": 8, "top_p": 1.0, "num_tokens": 2}
     assert generation["protocol"]["settings"]["sampling"].items() >= wanted.items()
     samples = np.load(runs / "generator" / "eval" / "samples.npz")["arr_0"]
@@ -143,38 +146,66 @@ def test_bad_input_is_one_line(runs, evaluate, tmp_path):
     refused(evaluate("reconstruction", "--checkpoint", tmp_path / "none", "--data", "digits"), "none")
     refused(evaluate("reconstruction", "--checkpoint", runs / "generator", "--data", "digits"), "expected a tokenizer")
     refused(evaluate(*base, "--tokens", "1,5"), "--tokens: 5 is outside 1..4")
-    refused(evaluate(*base, "--decode", "stepz=1"), "stepz")
+    refused(evaluate(*base, "--decode", "stepz=1"), "stepz", "did you mean 'steps'?")
+    refused(evaluate(*base, "--decode", "steps=2.7"), "--decode: steps must be of type int")
+    refused(evaluate(*base, "--decode", "progress=1"), "--decode: unknown option 'progress'")
+    refused(evaluate(*base, "--data-args", "jiter=false"), "--data-args", "'jiter'", "did you mean 'jitter'?")
     refused(evaluate(*base, "--features", "inception:none.pth"), "none.pth", "6726825d", "inception:PATH")
     refused(evaluate(*base, "--features", "vgg"), "vgg", "digits")
     refused(evaluate(*base[:4], "nowhere"), "nowhere")
     words = ("generation", "--checkpoint", runs / "generator", "--data", "digits", "--out", tmp_path / "out")
     refused(evaluate(*words, "--top-p", "1.5"), "top_p")
+    refused(evaluate(*words, "--decode", "steps=fast"), "--decode: steps must be of type int")
+    refused(evaluate(*words, "--data-args", "on_error=skip"), "--data-args", "'on_error'")
+    refused(evaluate(*words, "--features", "none"), "no feature network 'none'")
     refused(evaluate(*words, "--num-tokens", "5"), "5")
     refused(evaluate(*words, "--tokenizer", tmp_path / "none"), "none")
     assert not (tmp_path / "out").exists()
 
 
-def test_cached_codes_are_no_images(runs, evaluate, monkeypatch):
-    class Codes:
-        def get(self, index):
-            return {"ids": torch.zeros(4, 1, dtype=torch.int64)}
-
-    monkeypatch.setattr("vistok.eval.__main__.load_data", lambda *_: Codes())
+def test_cached_codes_are_no_images(runs, evaluate, tmp_path):
+    (tmp_path / "cache.json").write_text("{}")
     for task, model in (("reconstruction", "tokenizer"), ("generation", "generator")):
-        refused(evaluate(task, "--checkpoint", runs / model, "--data", "cache"), "cache", "needs images")
+        words = (task, "--checkpoint", runs / model, "--data", tmp_path, "--features", "digits")
+        refused(evaluate(*words), "holds codes, not images")
+
+
+def test_all_images_of_a_folder_are_reconstructed(runs, evaluate, tmp_path):
+    for n in range(12):
+        (tmp_path / f"in/{n % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (20 * n, 0, 0)).save(tmp_path / f"in/{n % 2}/{n}.png")
+    base = ("reconstruction", "--checkpoint", runs / "tokenizer", "--data", tmp_path / "in", "--features", "none")
+
+    def measured(*words):
+        code, _, err = evaluate(*base, "--tokens", 1, "--workers", 1, "--out", tmp_path / "out", *words)
+        assert code == 0, err
+        return json.loads((tmp_path / "out/reconstruction.json").read_text())["metrics"]["counts"]["images"]
+
+    assert measured() == measured("--split", "train") == 12
+    assert 0 < measured("--data-args", "val_fraction=0.5") < 12
+    (tmp_path / "in/1/3.png").write_bytes(b"broken")
+    refused(evaluate(*base, "--out", tmp_path / "out"), "3.png", "set --data-args on_error=skip")
+    with pytest.warns(UserWarning, match="skipped 1 unreadable"):
+        code, out, err = evaluate(*base, "--out", tmp_path / "out", "--data-args", "on_error=skip")
+    assert code == 0, err
+    assert "N=11" in out, "each image counts once"
 
 
 def test_bad_flags_are_refused_before_anything_is_loaded(runs, evaluate):
     base = ("reconstruction", "--checkpoint", runs / "tokenizer", "--data", "digits")
-    for words in (("--batch-size", 0), ("--tokens", "1,x"), ("--device", "nonsense"), ("--count", -1)):
-        code, _, err = evaluate(*base, *words)
-        assert code == 2
-        assert words[0] in err
-        assert "Traceback" not in err
+    for words in (
+        ("--batch-size", 0),
+        ("--tokens", "1,x"),
+        ("--device", "nonsense"),
+        ("--count", -1),
+        ("--workers", -1),
+    ):
+        refused(evaluate(*base, *words), words[0])
 
 
 def test_the_module_runs_and_helps():
     result = subprocess.run([sys.executable, "-m", "vistok.eval", "--help"], capture_output=True, text=True)
     assert result.returncode == 0
+    assert result.stdout.count("--features none") == 1
     for command in ("reconstruction", "generation", "compare", "report", "train-features", "examples:"):
         assert command in result.stdout

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -114,6 +115,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(UserError, match="No space left"):
         write_atomically(path, full_disk)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        model = build("tokenizers", TINY)
+        export(tmp_path, "tokenizer", TINY, model.spec, model.state_dict())
+        export(tmp_path, "tokenizer", TINY, model.spec, model.state_dict())
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
+        ["model.safetensors", "config.yaml", "spec.json"], 0o640
+    )
 
 
 def test_a_folder_that_is_a_file_is_named(tmp_path):

@@ -50,6 +50,7 @@ def test_round_trip(folder):
             assert {k: sample[k] for k in ("label", "text", "key")} == {k: source[k] for k in ("label", "text", "key")}
     assert cache.description["data"] == images.description
     assert sorted(path.name for path in folder.iterdir()) == ["cache.json", "codes.safetensors"]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "others may read both files or neither"
 
 
 def test_batches_hold_ids(folder):

@@ -54,7 +54,7 @@ def test_what_is_written_is_read_back(tmp_path):
         assert values(data) == [10 * n for n in range(7)]
         assert data.class_names == ["x", "y", "z"]
         sample = data.get(4)
-        assert (sample["label"], sample["text"], sample["key"]) == (1, "number 4", "00000004")
+        assert (sample["label"], sample["text"], sample["key"]) == (1, "number 4", "000001/00000004")
     assert load_data(str(tmp_path / "s"), "train", 16).description["name"] == "shards"
 
 
@@ -83,8 +83,8 @@ def test_naming_rules_of_webdataset(tmp_path):
     data = make(tmp_path / "t.tar")
     samples = [data.get(i) for i in range(len(data))]
     assert [(s["key"], s["label"], s["text"]) for s in samples] == [
-        ("some.dir/a", 4, "from json"),
-        ("d", -1, "from text"),
+        ("t/some.dir/a", 4, "from json"),
+        ("t/d", -1, "from text"),
     ]
     assert data.num_classes == 5
     assert make(tmp_path / "t.tar", num_classes=10).num_classes == 10
@@ -92,11 +92,29 @@ def test_naming_rules_of_webdataset(tmp_path):
         make(tmp_path / "t.tar", num_classes=2)
 
 
+def test_keys_are_unique_though_every_shard_counts_from_zero(tmp_path):
+    for name in ("a/0.tar", "a/1.tar", "b/0.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for n in range(20):
+                add(tar, f"{n:04d}.png", encoded(n))
+
+    def keys(pattern, split="train", **config):
+        data = make(tmp_path / pattern, split, **config)
+        return [data.get(i)["key"] for i in range(len(data))]
+
+    assert keys("a")[19:21] == ["0/0019", "1/0000"]
+    assert keys("a/1.tar")[0] == "1/0000"
+    assert len(set(keys("{a/0,a/1,b/0}.tar"))) == 60
+    held_out = keys("a", "val", val_fraction=0.5)
+    assert {key[2:] for key in held_out if key[0] == "0"} != {key[2:] for key in held_out if key[0] == "1"}
+
+
 def test_splits(tmp_path):
     write(tmp_path / "s", 25)
     train, val = (make(tmp_path / "s", split, val_fraction=0.3) for split in ("train", "val"))
     keys = [[data.get(i)["key"] for i in range(len(data))] for data in (train, val)]
-    assert sorted(keys[0] + keys[1]) == [f"{n:08d}" for n in range(25)]
+    assert sorted(keys[0] + keys[1]) == [f"{n // 3:06d}/{n:08d}" for n in range(25)]
     assert min(map(len, keys)) > 2
     assert train.class_names == val.class_names
     (tmp_path / "apart").mkdir()
@@ -154,8 +172,8 @@ def test_workers_read_every_sample_once(tmp_path):
     data = make(tmp_path / "s")
     loader = iter(DataModule(data, None, 2, workers=2, seed=1).train_dataloader())
     batches = [next(loader) for _ in range(6)]
-    assert sorted(key for batch in batches for key in batch["key"]) == [f"{n:08d}" for n in range(12)]
+    assert sorted(key for batch in batches for key in batch["key"]) == [f"{n // 3:06d}/{n:08d}" for n in range(12)]
     for batch in batches:
         found = ((batch["image"][:, 0, 0, 0] + 1) * 12.75).round().long()
-        assert torch.equal(found, torch.tensor([int(key) for key in batch["key"]]))
+        assert torch.equal(found, torch.tensor([int(key[-8:]) for key in batch["key"]]))
     assert values(pickle.loads(pickle.dumps(data))) == values(data)

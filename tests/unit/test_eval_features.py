@@ -7,7 +7,7 @@ from vistok.data.datamodule import load_data
 from vistok.errors import UserError
 from vistok.eval import features, train_features
 from vistok.eval.features import SMALL_NETWORKS, WEIGHTS_FOLDER, SmallCNN, load_features
-from vistok.pipeline import to_uint8
+from vistok.pictures import to_uint8
 
 DATA = sorted(SMALL_NETWORKS)
 
@@ -34,6 +34,15 @@ def test_digits_are_recognised_when_blurred_and_noisy():
     worse = torch.nn.functional.avg_pool2d(images, 3, 1, 1)
     worse = worse + 0.1 * torch.randn(worse.shape, generator=torch.Generator().manual_seed(0))
     assert network.count_right(network.features(to_uint8(worse)), labels) / len(labels) >= 0.93
+
+
+def test_features_are_computed_without_tf32(monkeypatch):
+    network, allowed = load_features("digits"), []
+    before = torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(network, "from_pixels", lambda images: allowed.append(torch.backends.cudnn.allow_tf32))
+    network.features(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    assert allowed == [False]
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 @pytest.mark.parametrize("data", DATA)

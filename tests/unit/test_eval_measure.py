@@ -1,5 +1,6 @@
 """The measuring loops and pictures, on a tokenizer and a generator simple enough to know their numbers."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,15 +9,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vistok.data.datamodule import load_data, make_loader, ordered_batches
+from vistok.data.datamodule import load_data
 from vistok.errors import UserError
 from vistok.eval.features import load_features
-from vistok.eval.generation import balanced_classes, measure_generation, picture_generation, side_by_side
-from vistok.eval.pictures import labelled_grid, rows_by_label
-from vistok.eval.reconstruction import measure_reconstruction, picture_reconstruction, prefix_lengths
+from vistok.eval.generation import balanced_classes, measure_generation, side_by_side
+from vistok.eval.images import image_batches
+from vistok.eval.protocol import EvalProtocol, save_result
+from vistok.eval.reconstruction import measure_reconstruction, picture_reconstruction
 from vistok.eval.report import read_losses, write_report
 from vistok.interfaces import NULL_CLASS, Generator, SampleOptions, Tokenizer
-from vistok.pipeline import reconstruct_images, sample_images, save_images, to_uint8
+from vistok.pictures import labelled_grid, prefix_grid, rows_by_label, save_images, to_uint8
+from vistok.pipeline import decode_prefixes, prefix_lengths, read_decode_options, sample_images, tokenize_images
 from vistok.tokens import Grid2D, Ordered1D, Tokens, TokenSpec
 
 
@@ -26,6 +29,10 @@ class Blocks(Tokenizer):
     def __init__(self, layout=None):
         super().__init__()
         self.spec = TokenSpec(layout or Ordered1D(16), (64,), 1, 16)
+
+    @property
+    def decode_defaults(self):
+        return {"steps": 2, "noise": 0.0, "mirror": False}
 
     def tokenize(self, images):
         levels = (F.avg_pool2d(images.mean(1, keepdim=True), 4) + 1) * 31.5
@@ -76,7 +83,7 @@ def digits(split, count):
 
 
 def measure(tokenizer, lengths, batch_size=32, network=None, count=64, **options):
-    batches = make_loader(load_data("digits", "val", 16), ordered_batches(count, batch_size))
+    batches = image_batches(load_data("digits", "val", 16), batch_size, count=count)
     return measure_reconstruction(tokenizer, batches, network, lengths, decode_options=options)
 
 
@@ -100,16 +107,17 @@ def test_reconstruction_improves_with_tokens_and_names_its_features():
     metrics = measure(Blocks(), [1, 8, 16], network=network)
     assert list(metrics["tokens"]) == ["1", "8", "16"]
     rows = list(metrics["tokens"].values())
-    assert set(rows[0]) == {"psnr_db", "ssim", "rFID (digits-cnn features, N=64)", "class_accuracy"}
-    for name, better in (("psnr_db", 1), ("ssim", 1), ("rFID (digits-cnn features, N=64)", -1)):
+    assert set(rows[0]) == {"psnr_db", "ssim", "rFID (digits-cnn features)", "class_accuracy"}
+    for name, better in (("psnr_db", 1), ("ssim", 1), ("rFID (digits-cnn features)", -1)):
         values = [better * row[name] for row in rows]
         assert values == sorted(values), name
     originals = digits("val", 64)
-    decoded = reconstruct_images(Blocks(), originals, None, seed=0, batch_size=64)
+    decoded = decode_prefixes(Blocks(), tokenize_images(Blocks(), originals, 64), [16], seed=0, batch_size=64)[16]
     errors = (to_uint8(originals).double() - decoded.double()).square().mean((1, 2, 3))
     expected = (10 * torch.log10(255**2 / errors)).mean().item()
     assert rows[-1]["psnr_db"] == pytest.approx(expected, abs=1e-4)
     assert 0 < metrics["codebook"]["usage"] <= 1
+    assert metrics["counts"] == {"images": 64}
 
 
 def test_reconstruction_does_not_depend_on_the_batch_size():
@@ -139,12 +147,11 @@ def test_samples_depend_on_the_seed_and_their_number_alone():
 
 
 def test_decoder_noise_is_the_same_for_every_prefix():
-    images = digits("val", 2)
-    few, all_ = (reconstruct_images(Blocks(), images, n, 0, 2, {"noise": 0.05}).float() for n in (4, 16))
-    clean = [reconstruct_images(Blocks(), images, n, 0, 2).float() for n in (4, 16)]
-    middle = (clean[0] > 40) & (clean[0] < 215) & (clean[0] == clean[1])
+    tokens = tokenize_images(Blocks(), digits("val", 2), 2)
+    noisy, clean = (decode_prefixes(Blocks(), tokens, [4, 16], 0, 2, {"noise": noise}) for noise in (0.05, 0.0))
+    middle = (clean[4] > 40) & (clean[4] < 215) & (clean[4] == clean[16])
     assert middle.any()
-    assert torch.equal((few - clean[0])[middle], (all_ - clean[1])[middle])
+    assert torch.equal((noisy[4].float() - clean[4])[middle], (noisy[16].float() - clean[16])[middle])
 
 
 def generation_metrics(samples, class_ids, **options):
@@ -162,9 +169,11 @@ def test_generation_of_memorised_images():
     assert samples["copies_share"] == 1.0
     assert real["copies_share"] == 0.01
     assert samples["class_accuracy"] > 0.99
-    assert samples["precision (digits-cnn features, N=100)"] > 0.7
+    assert samples["precision (digits-cnn features)"] > 0.7
     assert real["class_accuracy"] >= 0.97
-    assert {"gFID (digits-cnn features, N=297)", "recall (digits-cnn features, N=297)"} <= set(real)
+    assert list(real) == list(samples)
+    assert {"gFID (digits-cnn features)", "recall (digits-cnn features)"} <= set(real)
+    assert metrics["counts"] == {"samples": 100, "held_out": 297, "reference": 1500}
     assert metrics["copies_threshold_l2"] > 0
 
 
@@ -172,20 +181,22 @@ def test_generation_of_noise_and_of_one_image():
     classes = balanced_classes(100, 10)
     noise = torch.randint(0, 256, (100, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     bad = generation_metrics(noise, classes)["samples"]
-    assert bad["precision (digits-cnn features, N=100)"] < 0.1
+    assert bad["precision (digits-cnn features)"] < 0.1
     assert bad["copies_share"] == 0.0
     assert bad["class_accuracy"] < 0.3
     one = to_uint8(digits("val", 1)).expand(100, -1, -1, -1)
     collapsed = generation_metrics(one, classes)["samples"]
-    assert collapsed["recall (digits-cnn features, N=100)"] < 0.05
+    assert collapsed["recall (digits-cnn features)"] < 0.05
     assert collapsed["class_accuracy"] == 0.1
 
 
 def test_generation_without_classes_has_no_accuracy():
     metrics = generation_metrics(to_uint8(digits("val", 8)), balanced_classes(8, 0))
     assert "class_accuracy" not in metrics["samples"]
-    assert [name for name, *_ in side_by_side(metrics)] == list(metrics["samples"])
-    assert [real for _, _, real in side_by_side(metrics)] == list(metrics["held_out"].values())
+    columns, rows = side_by_side(metrics)
+    assert columns == ["metric", "samples (N=8)", "real held-out images (N=297)"]
+    assert [name for name, *_ in rows] == list(metrics["samples"])
+    assert [float(real) for _, _, real in rows] == pytest.approx(list(metrics["held_out"].values()), rel=1e-3)
     with pytest.raises(UserError, match="more than 3 images"):
         generation_metrics(to_uint8(digits("val", 3)), balanced_classes(3, 10))
 
@@ -223,16 +234,27 @@ def test_rows_hold_images_of_one_label():
     assert cells[:, :, 0, 0, 0].tolist() == [[0, 2], [3, 255], [1, 4]]
 
 
+def test_a_grid_of_many_images_has_about_ten_rows_or_one_for_each_of_a_hundred_labels(monkeypatch):
+    def rows(labels):
+        images = torch.zeros(len(labels), 3, 2, 2, dtype=torch.uint8)
+        cells, names, _ = rows_by_label(images, labels)
+        assert cells.shape[:2] == (len(names), 10)
+        return names
+
+    assert rows([""] * 5000) == [""] * 10
+    assert rows(list("abcde") * 1000) == [name for name in "abcde" for _ in range(2)]
+    assert rows([f"{n}" for n in range(150)] * 10) == [f"{n}" for n in range(100)]
+    monkeypatch.setattr("vistok.pictures._MOST_ROWS", 3)
+    assert rows(list("abcdefghijkl") * 10) == ["a", "b", "c"]
+
+
 def test_pictures_of_evaluations():
     dataset = load_data("digits", "val", 16)
     picture = picture_reconstruction(Blocks(), [dataset.get(index) for index in range(3)], [1, 16])
     assert picture.width > 3 * 72
-    samples = torch.zeros(20, 3, 16, 16, dtype=torch.uint8)
-    small = picture_generation(samples, balanced_classes(20, 4), list("abcd"), columns=3)
-    large = picture_generation(samples, balanced_classes(20, 4), list("abcd"), columns=5)
-    assert large.width > small.width
-    assert large.height == small.height
-    assert picture_generation(samples, balanced_classes(20, 0), [], columns=5).height < small.height
+    # Whatever is decoded, a picture stays one that can be opened.
+    images = torch.zeros(150, 3, 8, 8, dtype=torch.uint8)
+    assert prefix_grid(images, {4: images}, [""] * 150).size == (2 * 74, 22 + 100 * 74)
 
 
 def test_save_images_writes_grid_pngs_and_npz(tmp_path):
@@ -250,6 +272,92 @@ def test_save_images_writes_grid_pngs_and_npz(tmp_path):
     assert array.dtype == np.uint8
     assert np.array_equal(array, expected)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "00002.png")), expected[2])
+
+
+def test_the_array_is_written_before_anything_that_may_fail(tmp_path, monkeypatch):
+    def fail(*_):
+        raise UserError("no room for a picture")
+
+    monkeypatch.setattr("vistok.pictures.save_png", fail)
+    with pytest.raises(UserError, match="no room"):
+        save_images(tmp_path, torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ["", ""])
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_decode_options_are_checked_before_anything_is_decoded():
+    tokenizer = Blocks()
+    assert read_decode_options(tokenizer, []) == {"steps": 2, "noise": 0.0, "mirror": False}
+    options = read_decode_options(tokenizer, ["noise=1", "steps=3", "mirror=true"])
+    assert options == {"steps": 3, "noise": 1.0, "mirror": True}
+    assert type(options["noise"]) is float, "1 and 1.0 are one protocol"
+    for word, parts in {
+        "stepz=1": ["'stepz'", "did you mean 'steps'?"],
+        "steps=fast": ["steps must be of type int", "'fast'"],
+        "steps=2.7": ["steps must be of type int", "2.7"],
+        "steps=true": ["steps must be of type int", "True"],
+        "noise=loud": ["noise must be of type float"],
+        "mirror=1": ["mirror must be of type bool"],
+        "rng=1": ["'rng'", "valid: steps, noise, mirror"],
+        "steps.a=1": ["steps must be of type int"],
+    }.items():
+        with pytest.raises(UserError, match="--decode") as caught:
+            read_decode_options(tokenizer, [word])
+        assert all(part in str(caught.value) for part in parts)
+
+
+def test_images_that_are_skipped_are_not_measured(tmp_path):
+    for n in range(6):
+        Image.new("RGB", (8, 8), (n, 0, 0)).save(tmp_path / f"{n}.png")
+    for n in (1, 2, 5):
+        (tmp_path / f"{n}.png").write_bytes(b"broken")
+    data = load_data(str(tmp_path), "val", 8, val_fraction=1.0, on_error="skip")
+    with pytest.warns(UserWarning, match="skipped 1 unreadable"):
+        batches = list(image_batches(data, batch_size=2))
+    assert [level for batch in batches for level in to_uint8(batch["image"])[:, 0, 0, 0].tolist()] == [0, 3, 4]
+
+
+def test_report_begins_with_the_headlines(tmp_path):
+    protocol = EvalProtocol(
+        task="reconstruction",
+        data={"name": "digits"},
+        split="val",
+        count=40,
+        image_size_px=16,
+        quantised=True,
+        weights={},
+        settings={},
+        seed=0,
+        features={},
+        reference={},
+        definitions={},
+        models={},
+    )
+    metrics = {"tokens": {"1": {"psnr_db": 14.313}, "16": {"psnr_db": 21.57}}, "codebook": {"usage": 0.5}}
+    save_result(tmp_path / "reconstruction.json", protocol, metrics)
+    with pytest.raises(UserError, match=r"reconstruction\.json was written by another version"):
+        write_report(tmp_path)
+    save_result(tmp_path / "reconstruction.json", protocol, {**metrics, "counts": {"images": 40}}, {"seconds": 3.4})
+    metrics = {
+        "samples": {"gFID (cnn features)": 10.378, "precision (cnn features)": 0.6, "class_accuracy": 0.934},
+        "held_out": {"gFID (cnn features)": 7.152, "precision (cnn features)": 0.7, "class_accuracy": 0.983},
+        "counts": {"samples": 500, "held_out": 297, "reference": 1500},
+    }
+    generation = dataclasses.replace(protocol, task="generation")
+    save_result(tmp_path / "generation.json", generation, metrics, {"seconds": 5.4})
+    summary, details = write_report(tmp_path).read_text().split("## ", 1)
+    for line in (
+        "| reconstruction: images measured | 40 |  |",
+        "| reconstruction: PSNR from 1 token | 14.31 dB |  |",
+        "| reconstruction: PSNR from 16 tokens | 21.57 dB |  |",
+        "| samples: images measured | 500 | 297 |",
+        "| samples: gFID (cnn features) | 10.38 | 7.152 |",
+        "| samples: class_accuracy | 0.934 | 0.983 |",
+        "| training and measuring (starting Python not counted) | 9 s |  |",
+    ):
+        assert line in summary.splitlines()
+    assert "precision" not in summary
+    assert "samples (N=500) | real held-out images (N=297)" in details
+    assert "![" not in details, "pictures that are not there are not shown"
 
 
 def test_report_reads_what_is_there(tmp_path):

@@ -9,7 +9,7 @@ from vistok.eval.codebook import CodebookUsage
 from vistok.eval.fid import FrechetDistance
 from vistok.eval.neighbours import copies_share, nearest_distance, precision_recall
 from vistok.eval.reconstruction import ReconstructionQuality
-from vistok.pipeline import to_uint8
+from vistok.pictures import to_uint8
 
 
 def generator(seed=0):

@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from vistok.checkpoint import export_hash, load_tokenizer
-from vistok.cli import ArgumentParser, main, positive_int, usable_device
+from vistok.cli import ArgumentParser, add_data_flags, flag_for, main, positive_int, usable_device
+from vistok.config import parse_overrides
 from vistok.data import code_cache, folders, shapes, shards
 from vistok.data.datamodule import load_images
 from vistok.data.images import Record
 from vistok.data.output import new_folder
+from vistok.pictures import to_pil, to_uint8
 from vistok.rng import seeded_generator
 
 
@@ -25,6 +26,7 @@ def run() -> None:
     arguments.command(arguments)
 
 
+@flag_for("data.args.on_error=", "--on-error ")
 def write_shards(arguments: argparse.Namespace) -> None:
     """An image folder as WebDataset shards; train and val below it become folders of shards."""
     # Nothing is held out here: that is for the reader of the shards to decide.
@@ -43,11 +45,13 @@ def write_shards(arguments: argparse.Namespace) -> None:
     print(f"wrote {count} images to {arguments.out}" + (f", skipped {skipped} unreadable" if skipped else ""))
 
 
+@flag_for("data.args.", "--data-args ")
 def extract_tokens(arguments: argparse.Namespace) -> None:
     """The tokens of both splits of a data set as a code cache."""
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.device)
     size = tokenizer.spec.image_size_px
-    datasets = {split: load_images(arguments.data, split, size) for split in ("train", "val")}
+    data_args = parse_overrides(arguments.data_args)
+    datasets = {split: load_images(arguments.data, split, size, data_args) for split in ("train", "val")}
     total = len(datasets["train"]) * arguments.passes + len(datasets["val"])
     with tqdm(total=total, desc="tokens", unit="img", leave=False) as bar:
         code_cache.extract(
@@ -72,8 +76,7 @@ def draw_shapes(arguments: argparse.Namespace) -> None:
     with new_folder(arguments.out) as out:
         for index in tqdm(range(len(dataset)), desc="shapes", unit="img", leave=False):
             sample = dataset.get(index)
-            pixels = ((sample["image"] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
-            Image.fromarray(pixels.numpy()).save(out / f"{index:06d}.png")
+            to_pil(to_uint8(sample["image"])).save(out / f"{index:06d}.png")
             (out / f"{index:06d}.txt").write_text(sample["text"] + "\n")
     print(f"wrote {len(dataset)} images to {arguments.out}")
 
@@ -111,12 +114,11 @@ def _parser() -> argparse.ArgumentParser:
 
     part = command("tokens", extract_tokens, "--tokenizer runs/flextok --data digits --out codes/ --passes 4")
     part.add_argument("--tokenizer", required=True, metavar="DIR", help="exported tokenizer or its run folder")
-    part.add_argument("--data", required=True, help="digits, shapes, an image folder or shards")
+    add_data_flags(part)
     part.add_argument("--passes", type=positive_int, default=1, metavar="N",
                       help="passes over the training split; all but the first augment (%(default)s)")  # fmt: skip
     part.add_argument("--batch-size", type=positive_int, default=256, metavar="N", help="images at once (%(default)s)")
     part.add_argument("--seed", type=int, default=0, metavar="N", help="of the augmentations (%(default)s)")
-    part.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes (%(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     part.add_argument("--device", default=device, type=usable_device, help="where to tokenize (%(default)s)")
 

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from omegaconf import MISSING
-from safetensors.torch import save_file
 from torch import Tensor
 
-from vistok.checkpoint import load_weights
+from vistok.checkpoint import load_weights, save_tensors
 from vistok.data.datamodule import Dataset, make_loader, ordered_batches
 from vistok.data.output import new_folder
 from vistok.errors import UserError
@@ -168,7 +167,7 @@ def extract(
             "class_names": next(iter(datasets.values())).class_names,
             "splits": splits,
         }
-        save_file(tensors, folder / CODES)
+        save_tensors(folder / CODES, tensors)
         (folder / CACHE).write_text(json.dumps(cache) + "\n")
 
 

@@ -170,7 +170,7 @@ def make_loader(dataset: Dataset, batches: Any, workers: int = 0, augment_seed: 
     )
 
 
-def load_data(text: str, split: str, image_size_px: int, **stored: Any) -> Dataset:
+def load_data(text: str, split: str, image_size_px: int, args: dict[str, Any] | None = None, **stored: Any) -> Dataset:
     """The data set that a word on a command line stands for.
 
     Args:
@@ -178,11 +178,12 @@ def load_data(text: str, split: str, image_size_px: int, **stored: Any) -> Datas
             files), or the folder of a code cache.
         split: ``train`` or ``val``.
         image_size_px: side of the images.
-        stored: fields of ``ImageConfig`` for image folders and shards; ``val_fraction=1`` makes all of them ``val``,
-            unless they bring a validation split.
+        args: fields of the ``Config`` of whichever data set it is, as in a run's ``data.args``.
+        stored: fields of ``ImageConfig`` for image folders and shards, under ``args``; ``val_fraction=1`` makes all of
+            them ``val``, unless they bring a validation split.
 
     Raises:
-        UserError: if ``text`` is none of these, or what it names cannot be read.
+        UserError: if ``text`` is none of these, what it names cannot be read, or ``args`` do not fit it.
     """
     path = Path(text)
     if text in ("digits", "shapes"):
@@ -198,10 +199,13 @@ def load_data(text: str, split: str, image_size_px: int, **stored: Any) -> Datas
             f"no data called {text!r}: give digits, shapes, or the path of an image folder, "
             "of shards (.tar) or of a code cache"
         )
-    return config.build("data", component, split, image_size_px)
+    component.args.update(args or {})
+    return config.build("data", component, split, image_size_px, where="--data-args" if args else "")
 
 
-def load_images(text: str, split: str, image_size_px: int, **stored: Any) -> Dataset:
+def load_images(
+    text: str, split: str, image_size_px: int, args: dict[str, Any] | None = None, **stored: Any
+) -> Dataset:
     """As :func:`load_data`, for those who need pixels.
 
     Raises:
@@ -209,7 +213,7 @@ def load_images(text: str, split: str, image_size_px: int, **stored: Any) -> Dat
     """
     if (Path(text) / "cache.json").is_file():
         raise UserError(f"{text} holds codes, not images")
-    return load_data(text, split, image_size_px, **stored)
+    return load_data(text, split, image_size_px, args, **stored)
 
 
 class _Stream(torch.utils.data.Dataset):

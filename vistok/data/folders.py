@@ -46,7 +46,7 @@ class Folders(ImageDataset):
             if not keys:
                 raise UserError(
                     f"{folder}: none of its {count} image(s) falls into the split {split!r}; "
-                    "change val_fraction, or make the folders train and val"
+                    "set data.args.val_fraction, or make the folders train and val"
                 )
         # Bytes in one array: a list of strings would be copied page by page into every loader process.
         self._keys = np.array([os.fsencode(key) for key in keys])

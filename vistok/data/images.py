@@ -147,7 +147,7 @@ class ImageDataset(ABC):
     def _note_unreadable(self, index: int, error: Exception) -> None:
         if self.config.on_error == "stop":
             raise UserError(
-                f"cannot read {self.source(index)}: {error}; mend or remove it, or set on_error=skip"
+                f"cannot read {self.source(index)}: {error}; mend or remove it, or set data.args.on_error=skip"
             ) from None
         self._unreadable[index] = True
         count = self.num_skipped

@@ -11,6 +11,7 @@ A folder may hold ``classes.json``, the list of class names; :func:`write_shards
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 import warnings
 from collections.abc import Iterable
@@ -63,6 +64,8 @@ class ShardIndex:
 class Shards(ImageDataset):
     """The samples of several shards, in the order of the shards and of their members.
 
+    Their keys begin with the shard's path, seen from the folder of all shards: many tools count members anew in each.
+
     Raises:
         UserError: if a shard is missing or unreadable (unless ``on_error`` is ``skip``), or no sample is left.
     """
@@ -73,17 +76,20 @@ class Shards(ImageDataset):
         self.paths = expand_shards(pattern, split)
         indexes = _read_indexes(self.paths, config.on_error)
         labels = np.array([label for index in indexes for label in index.labels])
-        keys = [key for index in indexes for key in index.keys]
+        members = [member for index in indexes for member in index.keys]
+        shard_of = np.repeat(np.arange(len(indexes)), [len(index.keys) for index in indexes])
+        self._names = _names(self.paths)
+        keys = [f"{self._names[shard]}/{member}" for shard, member in zip(shard_of, members)]
         class_names = _class_names(self.paths[0].parent, config.num_classes, labels)
         rows = [row for row, key in enumerate(keys) if apart or in_split(key, split, config.val_fraction)]
         if not rows:
             raise UserError(f"{pattern}: no sample with an image in the split {split!r} ({len(keys)} in all)")
         # Arrays, not lists of objects: loader processes share their memory.
-        self._keys = np.array([keys[row].encode() for row in rows])
+        self._members = np.array([members[row].encode() for row in rows])
         self._labels = labels[rows]
         self._places = np.concatenate([index.places for index in indexes])[rows]
         self._suffixes = np.array([suffix for index in indexes for suffix in index.suffixes])[rows]
-        self._shards = np.repeat(np.arange(len(indexes)), [len(index.keys) for index in indexes])[rows]
+        self._shards = shard_of[rows]
         super().__init__("shards", config, split, image_size_px, [keys[row] for row in rows], class_names)
 
     def record(self, index: int) -> Record:
@@ -92,11 +98,12 @@ class Shards(ImageDataset):
         with open(self.paths[self._shards[index]], "rb") as shard:
             image, text, details = (_read_part(shard, *place) for place in self._places[index].tolist())
         caption = _caption(text, details).strip()
-        return Record(image, str(self._suffixes[index]), int(self._labels[index]), caption, self._keys[index].decode())
+        key = f"{self._names[self._shards[index]]}/{self._members[index].decode()}"
+        return Record(image, str(self._suffixes[index]), int(self._labels[index]), caption, key)
 
     def source(self, index: int) -> str:
         """The shard and the member of image ``index``."""
-        return f"{self.paths[self._shards[index]]}: {self._keys[index].decode()}{self._suffixes[index]}"
+        return f"{self.paths[self._shards[index]]}: {self._members[index].decode()}{self._suffixes[index]}"
 
 
 def build(config: Config, split: str, image_size_px: int) -> Shards:
@@ -191,6 +198,12 @@ def write_shards(
     return count
 
 
+def _names(paths: list[Path]) -> list[str]:
+    """What tells shards apart: their paths without ``.tar``, seen from the folder that holds them all."""
+    root = os.path.commonpath([path.absolute().parent for path in paths])
+    return [path.absolute().with_suffix("").relative_to(root).as_posix() for path in paths]
+
+
 def _read_indexes(paths: list[Path], on_error: str) -> list[ShardIndex]:
     """One index per path; an empty one for a shard that is skipped."""
     indexes, broken = [], []
@@ -200,7 +213,7 @@ def _read_indexes(paths: list[Path], on_error: str) -> list[ShardIndex]:
         except (tarfile.TarError, OSError, ValueError) as error:
             message = f"{path} is no whole tar file: {error}"
             if on_error == "stop":
-                raise UserError(f"{message}; mend or remove it, or set on_error=skip") from None
+                raise UserError(f"{message}; mend or remove it, or set data.args.on_error=skip") from None
             broken.append(message)
             indexes.append(ShardIndex([], np.zeros((0, len(_PARTS), 2), dtype=np.int64), [], []))
     if broken:

@@ -18,76 +18,83 @@ from rich.table import Table
 from tqdm import tqdm
 
 from vistok.checkpoint import export_hash, export_info, load_tokenizer
-from vistok.cli import main
+from vistok.cli import ArgumentParser, add_data_flags, flag_for, main, positive_int, token_counts, usable_device
 from vistok.config import parse_overrides
-from vistok.data.datamodule import Dataset, load_data, make_loader, ordered_batches
+from vistok.data.datamodule import load_images
 from vistok.errors import UserError
 from vistok.eval import generation, reconstruction
 from vistok.eval.features import SMALL_NETWORKS, WEIGHTS_FOLDER, FeatureNetwork, load_features
 from vistok.eval.fid import fid_notes
-from vistok.eval.pictures import save_png
-from vistok.eval.protocol import EvalProtocol, compare, load_result, save_result
+from vistok.eval.images import image_batches
+from vistok.eval.protocol import EvalProtocol, compare, load_result, number, save_result
 from vistok.eval.report import write_report
 from vistok.eval.train_features import train_features
-from vistok.interfaces import SampleOptions
-from vistok.pipeline import load_models, sample_images, save_npz
+from vistok.interfaces import NULL_CLASS, SampleOptions
+from vistok.pictures import labelled_grid, rows_by_label, save_npz, save_png
+from vistok.pipeline import load_models, prefix_lengths, read_decode_options, sample_images
 
 console = Console()
 
 EXAMPLES = """examples:
   python -m vistok.eval reconstruction --checkpoint runs/demo/tokenizer --data digits
+  python -m vistok.eval reconstruction --checkpoint runs/demo/tokenizer --data DIR --features none
   python -m vistok.eval generation --checkpoint runs/demo/generator --data digits --count 500 --cfg-scale 2
   python -m vistok.eval compare a.json b.json
   python -m vistok.eval report --run runs/demo
 """
 
 
+@flag_for("data.args.", "--data-args ")
 def run_reconstruction(args: argparse.Namespace) -> None:
     """Measure a tokenizer on real images."""
     started = time.perf_counter()
     tokenizer = load_tokenizer(args.checkpoint, args.device)
-    lengths = reconstruction.prefix_lengths(tokenizer.spec, args.tokens)
-    dataset = _images(args.data, args.split, tokenizer.spec.image_size_px)
+    lengths = prefix_lengths(tokenizer.spec, args.tokens)
+    decode = read_decode_options(tokenizer, args.decode)
+    # All images of a folder without train/ and val/: here nothing needs to be held out.
+    held_out = {"val": 1.0, "train": 0.0}[args.split]
+    data_args = parse_overrides(args.data_args)
+    dataset = load_images(args.data, args.split, tokenizer.spec.image_size_px, data_args, val_fraction=held_out)
     network = None if args.features == "none" else _features(args)
     count = min(args.count or len(dataset), len(dataset))
-    decode = parse_overrides(args.decode)
 
-    batches = make_loader(dataset, ordered_batches(count, args.batch_size))
+    batches = image_batches(dataset, args.batch_size, args.workers, count)
     with tqdm(total=count * len(lengths), desc="reconstruct", unit="img", leave=False) as bar:
         metrics = reconstruction.measure_reconstruction(
             tokenizer, batches, network, lengths, args.seed, decode, args.device, bar.update
         )
-    rows = [dataset.get(index, None) for index in range(min(10, count))]
-    picture = reconstruction.picture_reconstruction(tokenizer, rows, lengths, args.seed, decode)
+    shown = {sample["key"]: sample for sample in map(dataset.get, range(min(10, count)))}
+    picture = reconstruction.picture_reconstruction(tokenizer, list(shown.values()), lengths, args.seed, decode)
 
     protocol = EvalProtocol(
         task="reconstruction",
         data=dataset.description,
         split=args.split,
-        count=count,
+        count=metrics["counts"]["images"],
         image_size_px=tokenizer.spec.image_size_px,
         quantised=True,
         weights={"tokenizer": export_info(args.checkpoint).get("weights", "unknown")},
-        settings={"tokens": lengths, "decode": {**tokenizer.decode_defaults, **decode}},
+        settings={"tokens": lengths, "decode": decode},
         seed=args.seed,
         features=_identity(network),
-        reference={"images": "the originals", "count": count},
+        reference={"images": "the originals", "count": metrics["counts"]["images"]},
         definitions=reconstruction.DEFINITIONS,
         models={"tokenizer": export_hash(args.checkpoint)},
     )
     save_png(picture, args.out / "reconstruction.png")
     save_result(args.out / "reconstruction.json", protocol, metrics, _run_details(args, started))
     columns = list(metrics["tokens"][str(lengths[0])])
-    table = _table("reconstruction", args.data, protocol, ["tokens", *columns])
+    table = _table(args.data, protocol, ["tokens", *columns])
     for length, values in metrics["tokens"].items():
-        table.add_row(length, *(_number(values[column]) for column in columns))
+        table.add_row(length, *(number(values[column]) for column in columns))
     codebook = ", ".join(
-        f"{name} {_number(metrics['codebook'][name])}" for name in ("usage", "entropy_bits", "perplexity")
+        f"{name} {number(metrics['codebook'][name])}" for name in ("usage", "entropy_bits", "perplexity")
     )
-    notes = [f"codebook: {codebook}"] + (fid_notes(network, count, count) if network else [])
+    notes = [f"codebook: {codebook}"] + (fid_notes(network, protocol.count, protocol.count) if network else [])
     _print(table, notes, args.out / "reconstruction.json")
 
 
+@flag_for("data.args.", "--data-args ")
 def run_generation(args: argparse.Namespace) -> None:
     """Measure a generator against real images."""
     started = time.perf_counter()
@@ -101,14 +108,15 @@ def run_generation(args: argparse.Namespace) -> None:
     )
     generator, tokenizer, tokenizer_path = load_models(args.checkpoint, args.tokenizer, args.device)
     size = tokenizer.spec.image_size_px
-    reference, held_out = _images(args.data, "train", size), _images(args.data, "val", size)
+    decode = read_decode_options(tokenizer, args.decode)
+    data_args = parse_overrides(args.data_args)
+    reference, held_out = (load_images(args.data, split, size, data_args) for split in ("train", "val"))
     if generator.num_classes and reference.num_classes not in (0, generator.num_classes):
         raise UserError(
             f"{args.checkpoint} knows {generator.num_classes} classes, --data {args.data} has {reference.num_classes}: "
             "that is not the data it was trained on"
         )
     network = _features(args)
-    decode = parse_overrides(args.decode)
     class_ids = generation.balanced_classes(args.count, generator.num_classes)
     with tqdm(total=args.count, desc="sample", unit="img", leave=False) as bar:
         samples = sample_images(
@@ -123,6 +131,7 @@ def run_generation(args: argparse.Namespace) -> None:
             network,
             seed=args.seed,
             batch_size=args.batch_size,
+            workers=args.workers,
             device=args.device,
             copies=args.copies,
             progress=bar.update,
@@ -141,24 +150,26 @@ def run_generation(args: argparse.Namespace) -> None:
         },
         settings={
             "sampling": _sampling(options),
-            "decode": {**tokenizer.decode_defaults, **decode},
+            "decode": decode,
             "classes": "balanced",
         },
         seed=args.seed,
         features=_identity(network),
-        reference={"images": "train", "count": len(reference), "data": reference.description},
+        reference={"images": "train", "count": metrics["counts"]["reference"], "data": reference.description},
         definitions=generation.DEFINITIONS,
         models={"generator": export_hash(args.checkpoint), "tokenizer": export_hash(tokenizer_path)},
     )
     save_npz(args.out / "samples.npz", samples)
     names = reference.class_names or [str(index) for index in range(generator.num_classes)]
-    picture = generation.picture_generation(samples, class_ids, names)
-    save_png(picture, args.out / "generation.png")
+    labels = [names[index] if index != NULL_CLASS else "" for index in class_ids.tolist()]
+    save_png(labelled_grid(*rows_by_label(samples, labels)), args.out / "generation.png")
     save_result(args.out / "generation.json", protocol, metrics, _run_details(args, started))
-    table = _table("generation", args.data, protocol, ["metric", "samples", f"real held-out images ({len(held_out)})"])
-    for name, value, real in generation.side_by_side(metrics):
-        table.add_row(name, _number(value), _number(real))
-    _print(table, fid_notes(network, args.count, len(reference)), args.out / "generation.json")
+    columns, rows = generation.side_by_side(metrics)
+    table = _table(args.data, protocol, columns)
+    for row in rows:
+        table.add_row(*row)
+    notes = fid_notes(network, args.count, metrics["counts"]["reference"])
+    _print(table, notes, args.out / "generation.json")
 
 
 def run_compare(args: argparse.Namespace) -> None:
@@ -175,7 +186,7 @@ def run_compare(args: argparse.Namespace) -> None:
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, (a, b) in values.items():
         difference = "" if a is None or b is None else f"{b - a:+.4g}"
-        table.add_row(name, *("-" if value is None else _number(value) for value in (a, b)), difference)
+        table.add_row(name, *("-" if value is None else number(value) for value in (a, b)), difference)
     _print(table, [f"DIFFERENT PROTOCOLS: {line}" for line in first.differences(second)])
 
 
@@ -194,7 +205,7 @@ def run_train_features(args: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands of this module."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m vistok.eval",
         description=__doc__,
         epilog=EXAMPLES,
@@ -210,7 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     one = add("reconstruction", run_reconstruction, "PSNR, SSIM, rFID and codebook usage of a tokenizer")
-    _add_common(one)
+    _add_common(one, ("none",))
     one.add_argument("--split", default="val", choices=("train", "val"), help="images to reconstruct (default: val)")
     one.add_argument("--count", type=positive_int, help="how many of them (default: all)")
     one.add_argument(
@@ -248,14 +259,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: argparse.ArgumentParser, more_features: tuple[str, ...] = ()) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="run or export folder")
-    parser.add_argument("--data", required=True, help="digits, shapes, an image folder, or shards")
+    add_data_flags(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results go (default: CHECKPOINT/eval)")
     parser.add_argument(
         "--features",
         metavar="NAME",
-        help=f"feature network: {', '.join(SMALL_NETWORKS)}, inception:PATH or none (default: that of --data)",
+        help=f"feature network: {', '.join((*SMALL_NETWORKS, 'inception:PATH', *more_features))} "
+        "(default: that of --data)",
     )
     parser.add_argument("--decode", nargs="*", default=[], metavar="key=value", help="decode options, such as steps=8")
     parser.add_argument("--seed", type=int, default=0, help="names all noise (default: 0)")
@@ -264,40 +276,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=device, type=usable_device, help="default: %(default)s")
 
 
-def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def token_counts(text: str) -> list[int]:
-    """Whole numbers between commas."""
-    return [int(part) for part in text.split(",")]
-
-
-def usable_device(text: str) -> str:
-    """A device that this machine has."""
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"cannot use {text!r}: {str(error).splitlines()[0]}") from None
-    return text
-
-
-def _images(data: str, split: str, image_size_px: int) -> Dataset:
-    dataset = load_data(data, split, image_size_px)
-    if "image" not in dataset.get(0):
-        raise UserError(f"--data {data} holds codes; evaluation needs images")
-    return dataset
-
-
 def _features(args: argparse.Namespace) -> FeatureNetwork:
-    name = args.features or args.data
-    if not args.features and name not in SMALL_NETWORKS:
-        raise UserError(f"no feature network comes with --data {args.data}: give --features inception:PATH")
-    return load_features(name, args.device)
+    if not args.features and args.data not in SMALL_NETWORKS:
+        raise UserError(f"no feature network comes with --data {args.data}: give --features (see --help)")
+    return load_features(args.features or args.data, args.device)
 
 
 def _identity(network: FeatureNetwork | None) -> dict[str, str]:
@@ -320,12 +302,10 @@ def _run_details(args: argparse.Namespace, started: float) -> dict[str, Any]:
     }
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def _table(task: str, data: str, protocol: EvalProtocol, columns: list[str]) -> Table:
-    title = f"{task} · {data} · N={protocol.count} · {protocol.image_size_px} px · protocol {protocol.fingerprint}"
+def _table(data: str, protocol: EvalProtocol, columns: list[str]) -> Table:
+    title = (
+        f"{protocol.task} · {data} · N={protocol.count} · {protocol.image_size_px} px · protocol {protocol.fingerprint}"
+    )
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")

@@ -23,6 +23,9 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 from vistok.checkpoint import load_strictly, load_weights
 from vistok.errors import UserError
 
+# TensorFloat-32, which cuDNN uses unless told otherwise, moves FID in its third digit.
+_without_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256_PREFIX = "6726825d"
@@ -80,6 +83,7 @@ class SmallCNN(FeatureNetwork):
         self.feature_layer = nn.Linear(widths[-1], num_features)
         self.classifiers = nn.ModuleDict({head: nn.Linear(num_features, classes) for head, classes in heads.items()})
 
+    @_without_tf32
     def features(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
         """Feature vectors of uint8 images of any size."""
         return self.from_pixels(images.float() / 127.5 - 1)
@@ -115,6 +119,7 @@ class Inception(FeatureNetwork):
         # torchmetrics' default resize (antialias=True) is not the field's.
         self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)
 
+    @_without_tf32
     def features(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 2048"]:
         """Pool features."""
         return self.network(images)

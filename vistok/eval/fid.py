@@ -1,7 +1,7 @@
 """Frechet distance between two sets of images in the space of a named feature network.
 
-Heusel et al. 2017 (arXiv:1706.08500), eq. 6. "FID" without a network and a number of images is not a measurement, so
-:func:`metric_name` spells both out and nothing here is called plain FID.
+Heusel et al. 2017 (arXiv:1706.08500), eq. 6. "FID" without a network and a number of images is not a measurement:
+:func:`metric_name` names the network, tables and results give the counts, and nothing here is called plain FID.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from vistok.eval.features import FeatureNetwork
+
+DEFINITION = "torchmetrics, float64 sums of float32 features (TF32 off)"
 
 FIELD_COUNT = 50_000
 """Images behind the numbers in papers; the estimate falls with the number of images."""
@@ -48,15 +50,14 @@ class _Features(nn.Module):
         return features
 
 
-def metric_name(metric: str, network: FeatureNetwork, count: int) -> str:
-    """How to print a number that depends on features and counts, e.g. ``gFID (digits-cnn features, N=500)``.
+def metric_name(metric: str, network: FeatureNetwork) -> str:
+    """How to print a number that depends on features, e.g. ``gFID (digits-cnn features)``.
 
     Args:
         metric: "rFID" for reconstructions against their originals, "gFID" for samples against a reference set.
         network: the feature network.
-        count: number of reconstructions or samples.
     """
-    return f"{metric} ({network.name} features, N={count})"
+    return f"{metric} ({network.name} features)"
 
 
 def fid_notes(network: FeatureNetwork, count: int, reference_count: int) -> list[str]:

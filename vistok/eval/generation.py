@@ -6,29 +6,29 @@ set). The same numbers for real held-out images stand beside them: what a perfec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from PIL import Image
 from torch import Tensor
 
-from vistok.data.datamodule import Dataset, make_loader, ordered_batches
+from vistok.data.datamodule import Dataset
 from vistok.errors import UserError
 from vistok.eval.features import FeatureNetwork
-from vistok.eval.fid import FrechetDistance, metric_name
+from vistok.eval.fid import DEFINITION, FrechetDistance, metric_name
+from vistok.eval.images import image_batches
 from vistok.eval.neighbours import copies_share, nearest_distance, precision_recall
-from vistok.eval.pictures import labelled_grid, rows_by_label
+from vistok.eval.protocol import number
 from vistok.interfaces import NULL_CLASS
-from vistok.pipeline import to_uint8
+from vistok.pictures import to_uint8
 from vistok.rng import seeded_generator
 
 PRECISION_RECALL_K = 3
 PRECISION_RECALL_MOST = 10_000
 COPIES_PERCENTILE = 1.0
 DEFINITIONS = {
-    "fid": "torchmetrics, float64 sums",
+    "fid": DEFINITION,
     "precision_recall": f"k={PRECISION_RECALL_K}, equal numbers of both sets, at most {PRECISION_RECALL_MOST}",
     "copies": f"pixel L2 to the nearest reference image below percentile {COPIES_PERCENTILE:g} of held-out images",
 }
@@ -50,6 +50,7 @@ def measure_generation(
     network: FeatureNetwork,
     seed: int = 0,
     batch_size: int = 256,
+    workers: int = 0,
     device: torch.device | str = "cpu",
     copies: bool = True,
     progress: Callable[[int], None] | None = None,
@@ -64,13 +65,15 @@ def measure_generation(
         network: for features, and for class accuracy if it knows the classes.
         seed: names the images drawn for precision and recall.
         batch_size: images at a time.
+        workers: loader processes.
         device: where metrics are computed.
         copies: count copies; the time grows with samples x reference images x pixels.
         progress: called with the number of images read since the last call.
 
     Returns:
-        ``{"samples": {...}, "held_out": {...}, "copies_threshold_l2": ...}``, the first two with the same metrics; the
-        threshold is a Euclidean distance of pixels in 0..255. Class accuracy is there if every image has a class.
+        ``{"samples": {...}, "held_out": {...}, "counts": {...}, "copies_threshold_l2": ...}``, the first two with the
+        same metrics; the threshold is a Euclidean distance of pixels in 0..255. Class accuracy is there if every image
+        has a class. Counts are those of ``samples``, ``held_out`` and ``reference`` images.
 
     Raises:
         UserError: if a set is too small for a metric.
@@ -80,22 +83,22 @@ def measure_generation(
             f"generation metrics need more than {PRECISION_RECALL_K} images of each kind, got {len(samples)} samples, "
             f"{len(reference)} reference and {len(held_out)} held-out images"
         )
-    real, real_labels = _read(held_out, batch_size)
+    real, real_labels = _read(held_out, batch_size, workers)
     frechet = FrechetDistance(network.num_features, keep_real=True).to(device)
     # The features of all of a big reference set would not fit in memory: precision and recall take a random part.
     rng = seeded_generator("precision_recall", seed)
     chosen = _draw(len(reference), min(PRECISION_RECALL_MOST, max(len(samples), len(real))), rng)
     chosen_features: list[Tensor] = []
-    pixels = torch.cat([samples, real]).to(device)
-    nearest = torch.full((len(pixels),), torch.inf, dtype=torch.float64, device=device)
+    nearest = torch.full((len(samples) + len(real),), torch.inf, dtype=torch.float64, device=device)
+    pixels = torch.cat([samples, real]).to(device) if copies else None
     seen = 0
-    for batch in _batches(reference, batch_size):
+    for batch in image_batches(reference, batch_size, workers):
         images = to_uint8(batch["image"]).to(device)
         features = network.features(images)
         frechet.update(features, real=True)
         rows = torch.arange(seen, seen + len(images))
         chosen_features.append(features[torch.isin(rows, chosen).to(device)])
-        if copies:
+        if pixels is not None:
             nearest = nearest.minimum(nearest_distance(pixels, images))
         seen += len(images)
         if progress:
@@ -103,7 +106,8 @@ def measure_generation(
 
     manifold = torch.cat(chosen_features)
     labelled = "class" in network.heads and NULL_CLASS not in torch.cat([class_ids, real_labels])
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = {"samples": {}, "held_out": {}}
+    metrics["counts"] = {"samples": len(samples), "held_out": len(real), "reference": seen}
     for name, images, labels in (("samples", samples, class_ids), ("held_out", real, real_labels)):
         features = torch.cat([network.features(rows.to(device)) for rows in images.split(batch_size)])
         metrics[name] = _compare(features, manifold, frechet, network, rng)
@@ -116,26 +120,11 @@ def measure_generation(
     return metrics
 
 
-def side_by_side(metrics: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """Rows of a table from :func:`measure_generation`: name, value of the samples, value of held-out real images."""
-    pairs = zip(metrics["samples"].items(), metrics["held_out"].values(), strict=True)
-    return [(name, samples, real) for (name, samples), real in pairs]
-
-
-def picture_generation(
-    samples: UInt8[Tensor, "N 3 H W"], class_ids: Int[Tensor, " N"], class_names: list[str], columns: int = 10
-) -> Image.Image:
-    """Rows are classes, columns the first samples of each (one row without classes).
-
-    Args:
-        samples: as :func:`measure_generation`.
-        class_ids: likewise.
-        class_names: one for each class.
-        columns: samples of a class, at most.
-    """
-    shown = torch.cat([(class_ids == index).nonzero()[:columns, 0] for index in class_ids.unique()])
-    labels = [class_names[index] if index != NULL_CLASS else "" for index in class_ids[shown].tolist()]
-    return labelled_grid(*rows_by_label(samples[shown], labels, columns))
+def side_by_side(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a table from :func:`measure_generation`: name, value of the samples, of held-out images."""
+    counts, held_out = metrics["counts"], metrics["held_out"]
+    columns = ["metric", f"samples (N={counts['samples']})", f"real held-out images (N={counts['held_out']})"]
+    return columns, [[name, number(value), number(held_out[name])] for name, value in metrics["samples"].items()]
 
 
 def _compare(
@@ -148,11 +137,11 @@ def _compare(
     """Metrics of one set against the reference that ``frechet`` and ``manifold`` hold."""
     frechet.reset()
     frechet.update(features, real=False)
-    metrics = {metric_name("gFID", network, len(features)): frechet.compute().item()}
+    metrics = {metric_name("gFID", network): frechet.compute().item()}
     count = min(len(features), len(manifold))
     fake, real = (every[_draw(len(every), count, rng).to(every.device)] for every in (features, manifold))
     for metric, value in precision_recall(real, fake, PRECISION_RECALL_K).items():
-        metrics[metric_name(metric, network, count)] = value
+        metrics[metric_name(metric, network)] = value
     return metrics
 
 
@@ -161,10 +150,7 @@ def _draw(total: int, count: int, rng: torch.Generator) -> Int[Tensor, " count"]
     return torch.randperm(total, generator=rng)[:count]
 
 
-def _read(dataset: Dataset, batch_size: int) -> tuple[UInt8[Tensor, "N 3 H W"], Int[Tensor, " N"]]:
-    batches = list(_batches(dataset, batch_size))
-    return torch.cat([to_uint8(batch["image"]) for batch in batches]), torch.cat([batch["label"] for batch in batches])
-
-
-def _batches(dataset: Dataset, batch_size: int) -> Iterable[dict[str, Any]]:
-    return make_loader(dataset, ordered_batches(len(dataset), batch_size))
+def _read(dataset: Dataset, batch_size: int, workers: int) -> tuple[UInt8[Tensor, "N 3 H W"], Int[Tensor, " N"]]:
+    parts = [(to_uint8(batch["image"]), batch["label"]) for batch in image_batches(dataset, batch_size, workers)]
+    images, labels = zip(*parts, strict=True)
+    return torch.cat(images), torch.cat(labels)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from vistok.checkpoint import write_atomically
+from vistok.checkpoint import write_text
 from vistok.errors import UserError
 
 _NOT_IN_FINGERPRINT = ("models",)
@@ -33,7 +33,7 @@ class EvalProtocol:
         settings: decode options, and sampling options or prefix lengths.
         seed: names the decoder's and the generator's noise.
         features: ``{"name", "sha256"}`` of the feature network; empty without one.
-        reference: what the distribution metrics compare with: ``{"split", "count", ...}``.
+        reference: what the distribution metrics compare with: ``{"images", "count", ...}``.
         definitions: which variant of each metric was computed.
         models: export hashes of the components that were measured. Not in the fingerprint: two models under one
             protocol compare.
@@ -85,15 +85,6 @@ def save_result(path: Path, protocol: EvalProtocol, metrics: dict[str, Any], run
     write_text(path, json.dumps(result, indent=2) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file; ``path`` is whole or absent."""
-
-    def write(partial: Path) -> None:
-        partial.write_text(text)
-
-    write_atomically(path, write)
-
-
 def load_result(path: Path) -> tuple[EvalProtocol, dict[str, Any], dict[str, Any]]:
     """Protocol, metrics and run of a file of :func:`save_result`.
 
@@ -111,6 +102,11 @@ def load_result(path: Path) -> tuple[EvalProtocol, dict[str, Any], dict[str, Any
     if fingerprint != protocol.fingerprint:
         raise UserError(f"{path}: the fingerprint {fingerprint} does not belong to its protocol; measure again")
     return protocol, metrics, result.get("run", {})
+
+
+def number(value: float) -> str:
+    """A value as tables show it."""
+    return f"{value:.4g}"
 
 
 def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:

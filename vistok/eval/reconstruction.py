@@ -16,39 +16,18 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from vistok.errors import UserError
 from vistok.eval.codebook import CodebookUsage
 from vistok.eval.features import FeatureNetwork
-from vistok.eval.fid import FrechetDistance, metric_name
-from vistok.eval.pictures import labelled_grid
+from vistok.eval.fid import DEFINITION, FrechetDistance, metric_name
 from vistok.interfaces import Tokenizer
-from vistok.pipeline import decode_images, to_uint8, tokenize_images
-from vistok.tokens import Ordered1D, TokenSpec
+from vistok.pictures import prefix_grid, to_uint8
+from vistok.pipeline import decode_prefixes, tokenize_images
 
 DEFINITIONS = {
     "psnr": "mean over images, data range 255",
     "ssim": "torchmetrics, gaussian 11x11 sigma 1.5, reflected border, data range 255",
-    "fid": "torchmetrics, float64 sums",
+    "fid": DEFINITION,
 }
-
-
-def prefix_lengths(spec: TokenSpec, wanted: list[int] | None = None) -> list[int]:
-    """Numbers of tokens to decode: ``wanted``, or powers of two up to all for ordered layouts and all for others.
-
-    Raises:
-        UserError: if ``wanted`` does not fit the layout.
-    """
-    total = spec.num_positions
-    if not isinstance(spec.layout, Ordered1D):
-        if wanted not in (None, [total]):
-            raise UserError(f"--tokens: only an ordered layout has meaningful prefixes, not {spec.layout}")
-        return [total]
-    if wanted is None:
-        return [2**power for power in range(total.bit_length()) if 2**power < total] + [total]
-    for length in wanted:
-        if not 1 <= length <= total:
-            raise UserError(f"--tokens: {length} is outside 1..{total}, the length of this tokenizer's code")
-    return sorted(set(wanted))
 
 
 class ReconstructionQuality:
@@ -64,7 +43,7 @@ class ReconstructionQuality:
         self.psnr = PeakSignalNoiseRatio(data_range=255.0, dim=(1, 2, 3)).to(device)
         self.ssim = StructuralSimilarityIndexMeasure(data_range=255.0, kernel_size=11, sigma=1.5).to(device)
         self.frechet = None if network is None else FrechetDistance(network.num_features).to(device)
-        self.count = self.labelled = self.right = 0
+        self.labelled = self.right = 0
 
     def update(self, originals: UInt8[Tensor, "B 3 H W"], decoded: UInt8[Tensor, "B 3 H W"], labels: Tensor) -> None:
         """Add a batch; ``labels`` int64 ``(B,)`` are -1 where there is no class."""
@@ -76,14 +55,13 @@ class ReconstructionQuality:
             self.frechet.update(self.network.features(originals), real=True)
             self.frechet.update(features, real=False)
             self.right += self.network.count_right(features, labels)
-        self.count += len(decoded)
         self.labelled += int((labels >= 0).sum())
 
     def compute(self) -> dict[str, float]:
-        """The metrics by name, that of rFID with its network and the number of images."""
+        """The metrics by name, that of rFID with its network."""
         metrics = {"psnr_db": float(self.psnr.compute()), "ssim": float(self.ssim.compute())}  # type: ignore[arg-type]
         if self.network is not None and self.frechet is not None:
-            metrics[metric_name("rFID", self.network, self.count)] = float(self.frechet.compute())
+            metrics[metric_name("rFID", self.network)] = float(self.frechet.compute())
             if "class" in self.network.heads and self.labelled:
                 metrics["class_accuracy"] = self.right / self.labelled
         return metrics
@@ -105,14 +83,14 @@ def measure_reconstruction(
         tokenizer: in evaluation mode.
         batches: ``{"image": float32 (B, 3, H, W) in [-1, 1], "label": int64 (B,)}``.
         network: for rFID and class accuracy; None for neither.
-        lengths: see :func:`prefix_lengths`.
+        lengths: see :func:`vistok.pipeline.prefix_lengths`.
         seed: names the decoder's noise.
         decode_options: options of the tokenizer's ``decode``.
         device: where metrics are computed.
         progress: called with the number of images decoded since the last call.
 
     Returns:
-        ``{"tokens": {"1": {"psnr_db": ..., ...}, ...}, "codebook": {"usage": ..., ...}}``.
+        ``{"tokens": {"1": {"psnr_db": ..., ...}, ...}, "codebook": {"usage": ..., ...}, "counts": {"images": N}}``.
     """
     quality = {length: ReconstructionQuality(network, device) for length in lengths}
     usage = CodebookUsage(tokenizer.spec.vocab_sizes)
@@ -121,16 +99,14 @@ def measure_reconstruction(
         images, size = batch["image"], len(batch["image"])
         tokens = tokenize_images(tokenizer, images, size)
         usage.update(tokens.ids)
-        for length in lengths:
-            part = tokens.prefix(length) if tokens.is_ordered else tokens
-            decoded = decode_images(tokenizer, part, seed, size, decode_options, first=seen)
-            quality[length].update(to_uint8(images), decoded, batch["label"])
-            if progress:
-                progress(size)
+        decoded = decode_prefixes(tokenizer, tokens, lengths, seed, size, decode_options, progress, first=seen)
+        for length, columns in decoded.items():
+            quality[length].update(to_uint8(images), columns, batch["label"])
         seen += size
     return {
         "tokens": {str(length): quality[length].compute() for length in lengths},
         "codebook": usage.compute(),
+        "counts": {"images": seen},
     }
 
 
@@ -152,9 +128,5 @@ def picture_reconstruction(
     """
     images = torch.stack([sample["image"] for sample in samples])
     tokens = tokenize_images(tokenizer, images, len(images))
-    columns = [to_uint8(images)]
-    for length in lengths:
-        part = tokens.prefix(length) if tokens.is_ordered else tokens
-        columns.append(decode_images(tokenizer, part, seed, len(images), decode_options))
-    names = ["original"] + [f"{length} token{'s' * (length > 1)}" for length in lengths]
-    return labelled_grid(torch.stack(columns, dim=1), [""] * len(samples), names, cell_px=72)
+    decoded = decode_prefixes(tokenizer, tokens, lengths, seed, len(images), decode_options)
+    return prefix_grid(to_uint8(images), decoded, [""] * len(samples))

@@ -10,12 +10,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from vistok.checkpoint import SPEC, write_atomically
+from vistok.checkpoint import SPEC, write_atomically, write_text
 from vistok.errors import UserError
 from vistok.eval.generation import side_by_side
-from vistok.eval.protocol import EvalProtocol, flatten, load_result, write_text
+from vistok.eval.protocol import EvalProtocol, flatten, load_result, number
+
+Result = tuple[Path, EvalProtocol, dict[str, Any], dict[str, Any]]
+"""Path below the run, protocol, metrics and circumstances of one result file."""
 
 PARTS = ("tokenizer", "generator")
+HEADLINES = ("class_accuracy", "recall", "copies_share", "gFID")
 CURVES = "loss_curves.png"
 REPORT = "report.md"
 
@@ -33,23 +37,23 @@ def write_report(folder: Path) -> Path:
         Path of the page.
 
     Raises:
-        UserError: if there is nothing to report on.
+        UserError: if there is nothing to report on, or a result file is damaged or of another version.
     """
     folder = Path(folder)
     curves = {part: read_losses(folder / part / "metrics.csv") for part in PARTS}
-    results = [(path, *load_result(path)) for path in sorted(folder.rglob("*.json")) if _is_result(path)]
+    results = _results(folder)
     if not any(curves.values()) and not results:
         raise UserError(f"{folder}: nothing to report on (no metrics.csv in tokenizer/ or generator/, no results)")
-    page = [f"# {folder.resolve().name}", ""]
-    for path, protocol, metrics, run in sorted(results, key=lambda result: result[1].task, reverse=True):
-        page += _result_section(path.relative_to(folder), protocol, metrics, run)
-        picture = path.with_suffix(".png")
-        if picture.is_file():
-            page += [f"![{protocol.task}]({picture.relative_to(folder)})", ""]
+    stages = _stages(folder, results)
+    page = [f"# {folder.resolve().name}", "", *_summary(results, stages)]
+    for result in results:
+        page += _result_section(folder, *result)
     if any(curves.values()):
         plot_losses(curves, folder / CURVES)
         page += ["## Training", "", f"![loss curves]({CURVES})", ""]
-    page += _time_section(folder, [(protocol.task, run) for _, protocol, _, run in results])
+    if stages:
+        rows = [[stage, f"{seconds:.0f}"] for stage, seconds in stages]
+        page += ["## Time", "", *_table(["stage", "seconds"], rows)]
     for part in PARTS:
         settings = folder / part / "run.yaml"
         if settings.is_file():
@@ -94,31 +98,62 @@ def plot_losses(curves: dict[str, dict[str, tuple[list[float], list[float]]]], p
     write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
 
 
-def _is_result(path: Path) -> bool:
-    return '"fingerprint"' in path.read_text()
+def _results(folder: Path) -> list[Result]:
+    """Reconstruction first, then generation."""
+    files = [path for path in sorted(folder.rglob("*.json")) if '"fingerprint"' in path.read_text()]
+    results = [(path.relative_to(folder), *load_result(path)) for path in files]
+    for path, _, metrics, _ in results:
+        if "counts" not in metrics:
+            raise UserError(f"{folder / path} was written by another version of vistok: measure again or remove it")
+    return sorted(results, key=lambda result: result[1].task, reverse=True)
 
 
-def _result_section(name: Path, protocol: EvalProtocol, metrics: dict[str, Any], run: dict[str, Any]) -> list[str]:
-    lines = [f"## {protocol.task.capitalize()}", ""]
+def _summary(results: list[Result], stages: list[tuple[str, float]]) -> list[str]:
+    rows = []
+    for path, protocol, metrics, _ in results:
+        # A run may have been measured more than once.
+        of = f" ({path})" if sum(other.task == protocol.task for _, other, _, _ in results) > 1 else ""
+        if protocol.task == "reconstruction":
+            rows.append([f"reconstruction{of}: images measured", str(metrics["counts"]["images"]), ""])
+            rows += [
+                [f"reconstruction{of}: PSNR from {length} token{'s' * (length != '1')}", f"{row['psnr_db']:.2f} dB", ""]
+                for length, row in metrics["tokens"].items()
+            ]
+        else:
+            counts = metrics["counts"]
+            rows.append([f"samples{of}: images measured", str(counts["samples"]), str(counts["held_out"])])
+            named = [row for row in side_by_side(metrics)[1] if row[0].startswith(HEADLINES)]
+            rows += [[f"samples{of}: {name}", value, real] for name, value, real in named]
+    if stages:
+        total = sum(seconds for _, seconds in stages)
+        rows.append(["training and measuring (starting Python not counted)", f"{total:.0f} s", ""])
+    return _table(["figure", "value", "of real held-out images"], rows)
+
+
+def _result_section(
+    folder: Path, path: Path, protocol: EvalProtocol, metrics: dict[str, Any], run: dict[str, Any]
+) -> list[str]:
     if protocol.task == "generation":
-        rows = [[metric, _number(ours), _number(real)] for metric, ours, real in side_by_side(metrics)]
-        lines += _table(["metric", "samples", "real held-out images"], rows)
+        lines = ["## Generation", "", *_table(*side_by_side(metrics))]
     else:
         columns = list(next(iter(metrics["tokens"].values())))
-        rows = [[length, *(_number(row[column]) for column in columns)] for length, row in metrics["tokens"].items()]
-        lines += _table(["tokens", *columns], rows)
-        lines += [", ".join(f"codebook {metric} {_number(value)}" for metric, value in metrics["codebook"].items()), ""]
+        rows = [[length, *(number(row[column]) for column in columns)] for length, row in metrics["tokens"].items()]
+        lines = [f"## Reconstruction of {protocol.count} images", "", *_table(["tokens", *columns], rows)]
+        lines += [", ".join(f"codebook {metric} {number(value)}" for metric, value in metrics["codebook"].items()), ""]
+    picture = path.with_suffix(".png")
+    if (folder / picture).is_file():
+        lines += [f"![{protocol.task}]({picture})", ""]
     if "command" in run:
         spent = f"{run['seconds']:g} s, peak memory {run['peak_memory_mb']} MB, {run['device']}"
         lines += ["Measured by", "", "```", run["command"], "```", "", f"in {spent}.", ""]
-    lines += [f"Result file [{name}]({name}); protocol `{protocol.fingerprint}`: {_summary(protocol)}.", ""]
+    lines += [f"Result file [{path}]({path}); protocol `{protocol.fingerprint}`: {_conditions(protocol)}.", ""]
     lines += ["<details><summary>the whole protocol</summary>", "", "```json"]
     return [*lines, json.dumps(asdict(protocol), indent=2), "```", "", "</details>", ""]
 
 
-def _summary(protocol: EvalProtocol) -> str:
+def _conditions(protocol: EvalProtocol) -> str:
     weights = ", ".join(f"{part} {which}" for part, which in protocol.weights.items())
-    settings = ", ".join(f"{name} {value}" for name, value in flatten(protocol.settings).items())
+    settings = ", ".join(f"{name} {value}" for name, value in flatten(protocol.settings).items() if value is not None)
     return (
         f"{protocol.count} images of {protocol.image_size_px} px, {protocol.split} split of "
         f"{protocol.data.get('name', 'the data')}, weights: {weights}, features: "
@@ -126,24 +161,16 @@ def _summary(protocol: EvalProtocol) -> str:
     )
 
 
-def _time_section(folder: Path, measured: list[tuple[str, dict[str, Any]]]) -> list[str]:
+def _stages(folder: Path, results: list[Result]) -> list[tuple[str, float]]:
+    """What took how many seconds, as far as it is known."""
     spent = []
     for part in PARTS:
         if (folder / part / SPEC).is_file():
-            spec = json.loads((folder / part / SPEC).read_text())
-            spent.append((f"training the {part}", spec.get("seconds")))
-    spent += [(f"measuring {task}", run.get("seconds")) for task, run in measured]
-    rows = [[stage, f"{seconds:.0f}"] for stage, seconds in spent if seconds is not None]
-    if not rows:
-        return []
-    total = sum(int(row[1]) for row in rows)
-    return ["## Time", "", *_table(["stage", "seconds"], [*rows, ["sum (starting Python not counted)", str(total)]])]
+            spent.append((f"training the {part}", json.loads((folder / part / SPEC).read_text()).get("seconds")))
+    spent += [(f"measuring {protocol.task}", run.get("seconds")) for _, protocol, _, run in results]
+    return [(stage, seconds) for stage, seconds in spent if seconds is not None]
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> list[str]:
     cells = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
     return [f"| {' | '.join(row)} |" for row in cells] + [""]
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"

@@ -16,16 +16,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from vistok.checkpoint import write_atomically
+from vistok.checkpoint import save_tensors, write_atomically
 from vistok.data.datamodule import Dataset, load_data
 from vistok.data.shapes import COLORS, RADII, SHAPES, Shapes
 from vistok.errors import UserError
 from vistok.eval.features import SMALL_NETWORKS, SmallCNN, load_small
-from vistok.pipeline import to_uint8
+from vistok.pictures import to_uint8
 from vistok.rng import derive_seed, seeded_generator
 
 
@@ -90,7 +89,7 @@ def train_features(data: str, path: Path, seed: int = 0) -> dict[str, float]:
     _fit(network, images, targets, recipe, seeded_generator("features", data, seed))
 
     weights = {key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}
-    write_atomically(path, lambda partial: save_file(weights, partial))
+    write_atomically(path, lambda partial: save_tensors(partial, weights))
     return held_out_accuracy(load_small(data, path), data)
 
 

@@ -31,10 +31,10 @@ from typing_extensions import override
 from vistok.checkpoint import write_atomically
 from vistok.errors import UserError
 from vistok.eval.codebook import CodebookUsage
-from vistok.eval.pictures import labelled_grid, rows_by_label, save_png
-from vistok.eval.reconstruction import picture_reconstruction, prefix_lengths
+from vistok.eval.reconstruction import picture_reconstruction
 from vistok.interfaces import NULL_CLASS, Generator, SampleOptions, Tokenizer
-from vistok.pipeline import sample_images
+from vistok.pictures import labelled_grid, rows_by_label, save_png
+from vistok.pipeline import prefix_lengths, sample_images
 from vistok.rng import seeded_generator
 from vistok.training.ema import Ema
 from vistok.training.tasks import LossTask

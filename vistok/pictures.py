@@ -1,10 +1,12 @@
-"""Grids of images with labelled rows and columns, for people to look at."""
+"""Images as people and evaluators want them: uint8, labelled grids, PNG files, ``samples.npz``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from jaxtyping import UInt8
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -12,6 +14,12 @@ from vistok.checkpoint import write_atomically
 
 _GAP_PX = 2
 _FONT_PX = 14
+_ROWS, _MOST_ROWS = 10, 100
+
+
+def to_uint8(images: Float[Tensor, "*B 3 H W"]) -> UInt8[Tensor, "*B 3 H W"]:
+    """Images in [-1, 1] as 0..255, rounded to the nearest level; values outside the range are clipped."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def labelled_grid(
@@ -56,16 +64,24 @@ def rows_by_label(
 ) -> tuple[UInt8[Tensor, "R K 3 H W"], list[str], list[str]]:
     """The first arguments of :func:`labelled_grid`: images of one label side by side, white where a row is not full.
 
+    A picture of about ten rows, whatever the number of images: few labels take several rows each; many take one each,
+    the first 100 of them.
+
     Args:
         images: in any order.
         labels: one for each image.
-        columns: images per row, at most; a label with more takes several rows.
+        columns: images per row, at most.
     """
     groups: dict[str, list[int]] = {}
     for index, label in enumerate(labels):
         groups.setdefault(label, []).append(index)
     columns = min(columns, max(map(len, groups.values())))
-    rows = [(label, group[i : i + columns]) for label, group in groups.items() for i in range(0, len(group), columns)]
+    most = columns * max(1, _ROWS // len(groups))
+    rows = [
+        (label, group[start : start + columns])
+        for label, group in list(groups.items())[:_MOST_ROWS]
+        for start in range(0, min(most, len(group)), columns)
+    ]
     cells = images.new_full((len(rows), columns, *images.shape[1:]), 255)
     for row, (_, group) in enumerate(rows):
         cells[row, : len(group)] = images[group]
@@ -77,6 +93,47 @@ def to_pil(image: UInt8[Tensor, "3 H W"]) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
 
 
+def prefix_grid(
+    originals: UInt8[Tensor, "N 3 H W"], decoded: dict[int, UInt8[Tensor, "N 3 H W"]], rows: list[str]
+) -> Image.Image:
+    """Rows are images (the first 100), columns the original and what was decoded from each number of tokens.
+
+    Args:
+        originals: what was encoded.
+        decoded: the images by the number of tokens they were decoded from.
+        rows: one label per image, as in :func:`labelled_grid`.
+    """
+    columns = ["original"] + [f"{length} token{'s' * (length > 1)}" for length in decoded]
+    cells = torch.stack([images[:_MOST_ROWS] for images in (originals, *decoded.values())], dim=1)
+    return labelled_grid(cells, rows[:_MOST_ROWS], columns, cell_px=72)
+
+
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG; ``path`` is whole or absent."""
     write_atomically(path, lambda partial: image.save(partial, format="PNG"))
+
+
+def save_npz(path: Path, images: UInt8[Tensor, "N 3 H W"]) -> None:
+    """Write images as ``arr_0``, uint8 ``(N, H, W, 3)``; ``path`` is whole or absent."""
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
+            np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy())
+
+    write_atomically(path, write)
+
+
+def save_images(folder: Path, images: UInt8[Tensor, "N 3 H W"], labels: list[str]) -> None:
+    """Write ``samples.npz`` (the field's format for FID), ``grid.png``, ``00000.png`` and so on into ``folder``.
+
+    Args:
+        folder: made if missing.
+        images: at least one.
+        labels: one for each image; a row of the grid holds images of one label, see :func:`rows_by_label`.
+    """
+    folder = Path(folder)
+    # First what took the time to make and what evaluators read.
+    save_npz(folder / "samples.npz", images)
+    save_png(labelled_grid(*rows_by_label(images, labels)), folder / "grid.png")
+    for index, image in enumerate(images):
+        save_png(to_pil(image), folder / f"{index:05d}.png")
