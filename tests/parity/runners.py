@@ -62,20 +62,25 @@ def noising(case):
 @runner("nested dropout and null condition on the decoder's register stream")
 def nested_dropout(case):
     registers = case.config["registers"]
-    config = flextok.Config(num_registers=registers, decoder_width=case.config["width"], head_dim=16, decoder_depth=0)
+    width = case.config["width"]
+    config = flextok.Config(num_registers=registers, decoder_width=width, head_dim=width, decoder_depth=0)
     decoder = flextok.Decoder(3, 1, config)
     weights = case.weights()
     decoder.mask_token.data = weights["decoder.module_dict.dec_nested_dropout.dropout_mask_token"]
     decoder.null_token.data = weights["decoder.module_dict.dec_latent_dropout.nullcond"]
     stream, keep, null = (case.inputs[name] for name in ("stream", "keep", "null"))
     after_nested = decoder.drop(stream, keep, torch.zeros_like(null))
-    return {
+    choices = case.json["outputs"]["choices_pow2"]["shape"][0]
+    rounded = {
+        name: flextok.round_up_to_pow2(torch.arange(1, output["shape"][0] + 1))
+        for name, output in case.json["outputs"].items()
+        if name.startswith("keep_uniform_pow2_")
+    }
+    return rounded | {
         "kept_mask": (after_nested == stream).all(-1),
         "after_nested_dropout": after_nested,
         "after_null": decoder.drop(stream, keep, null),
-        "keep_uniform_pow2_64": flextok.round_up_to_pow2(torch.arange(1, 65)),
-        "keep_uniform_pow2_256": flextok.round_up_to_pow2(torch.arange(1, 257)),
-        "choices_pow2": flextok.kept_tokens((torch.arange(7) + 0.5) / 7, registers, "pow2"),
+        "choices_pow2": flextok.kept_tokens((torch.arange(choices) + 0.5) / choices, registers, "pow2"),
     }
 
 
