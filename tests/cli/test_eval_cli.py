@@ -92,7 +92,7 @@ def test_reconstruction_generation_compare_and_report(runs, evaluate):
         "class_accuracy",
     }
     assert set(result["metrics"]["codebook"]) == {"usage", "entropy_bits", "perplexity"}
-    assert result["protocol"]["settings"] == {"tokens": [1, 2, 4], "decode": {"steps": 1, "guidance": 1}}
+    assert result["protocol"]["settings"] == {"tokens": [1, 2, 4], "decode": {"steps": 1, "guidance": 1, "apg": False}}
     assert (result["protocol"]["count"], result["metrics"]["counts"]) == (40, {"images": 40})
     assert result["protocol"]["weights"] == {"tokenizer": "ema"}
     assert result["protocol"]["models"] == {"tokenizer": export_hash(runs / "tokenizer")}

@@ -64,12 +64,15 @@ class Case:
         return self.json["config"]
 
     def weights(self, prefix=""):
-        """The published state dict, or the part of it behind ``prefix`` (which is cut off)."""
+        """The published state dict, or the part of it behind ``prefix`` (which is cut off).
+
+        Without the :attr:`constants`: those are what a constructor makes of itself.
+        """
         stored = self.json.get("stored_weights", {})
         factors = self.json.get("fill", {})
         state = {}
         for key, shape in self.json["keys"].items():
-            if not key.startswith(prefix):
+            if not key.startswith(prefix) or key in self.constants:
                 continue
             if key in stored:
                 value = self.stored[stored[key]]
@@ -80,6 +83,13 @@ class Case:
                         value = value * factor
             state[key.removeprefix(prefix)] = value
         return state
+
+    @cached_property
+    def constants(self):
+        """Published keys that keep the values of the constructor and are not stored."""
+        kept = "|".join(self.json.get("fill_keep", [])) or r"(?!)"
+        stored = self.json.get("stored_weights", {})
+        return {key for key in self.json["keys"] if re.search(kept, key) and key not in stored}
 
     @cached_property
     def inputs(self):

@@ -4,6 +4,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from vistok.checkpoint import load_strictly
+from vistok.flow.guidance import guide, guide_projected
 from vistok.flow.path import interpolate, target_velocity
 from vistok.flow.time import logit_normal_time, mode_time
 from vistok.generators import gpt
@@ -84,14 +85,54 @@ def nested_dropout(case):
     }
 
 
+@runner("guidance rules alone: CFG and APG with momentum")
+def guidance(case):
+    distances = case.inputs["scales"][:, None, None, None]
+    calls = [(c, c + distances * d) for c, d in zip(case.inputs["c"], case.inputs["d"])]
+    outputs = {}
+    for name in case.json["outputs"]:
+        rule, *settings = name.split("_")
+        values = [float(setting.strip("abcdefghijklmnopqrstuvwxyz")) for setting in settings]
+        guided, running = [], None
+        for conditional, null in calls:
+            if rule == "cfg":
+                guided.append(guide(conditional, null, values[0]))
+                continue
+            scale, eta, threshold, momentum = values
+            result, running = guide_projected(conditional, null, scale, running, momentum, eta, threshold)
+            guided.append(result)
+        outputs[name] = torch.stack(guided)
+    return outputs
+
+
+def autoencoder(sizes, case):
+    """The published VAE of a case."""
+    vae = AutoencoderKL(
+        block_out_channels=sizes["widths"],
+        down_block_types=["DownEncoderBlock2D"] * len(sizes["widths"]),
+        up_block_types=["UpDecoderBlock2D"] * len(sizes["widths"]),
+        layers_per_block=sizes["layers_per_block"],
+        latent_channels=sizes["latent_channels"],
+        norm_num_groups=sizes["groups"],
+        scaling_factor=sizes["scale_factor"],
+    ).eval()
+    load_strictly(vae, case.weights("vae.vae."), case.name)
+    return vae
+
+
 class _Latents(flextok.FlexTok):
-    """A FlexTok that is fed latents, with the published weights of a case."""
+    """A FlexTok with the published weights of a case; without the case's VAE it is fed latents."""
 
     def __init__(self, case):
         sizes = case.config
-        vae = AutoencoderKL(block_out_channels=(32,), latent_channels=sizes["latent_channels"])
+        if "autoencoder" in sizes:
+            vae = autoencoder(sizes["autoencoder"], case)
+            image_size = sizes["latent_size"] * flextok.vae_downsampling(vae)
+        else:
+            vae = AutoencoderKL(block_out_channels=(32,), latent_channels=sizes["latent_channels"])
+            image_size = sizes["latent_size"]
         config = flextok.Config(
-            image_size=sizes["latent_size"],
+            image_size=image_size,
             patch_size=sizes["patch"],
             num_registers=sizes["registers"],
             encoder_width=sizes["encoder"]["width"],
@@ -104,6 +145,8 @@ class _Latents(flextok.FlexTok):
         )
         super().__init__(config, vae)
         weights = {key: value for key, value in case.weights().items() if not key.startswith("vae.")}
+        own = flextok.PUBLISHED_KEYS.to_published(self.state_dict())
+        weights |= {key: own[key] for key in case.constants}
         load_strictly(self, flextok.PUBLISHED_KEYS.to_ours(weights), case.name)
         self.eval()
 
@@ -167,19 +210,52 @@ def flextok_training(case):
     return outputs | {f"gradient_{index}": published[key] for index, key in enumerate(shown)}
 
 
+@runner("latents -> ids -> prefixes of mixed length -> guided sampling -> latents")
+def flextok_sampler(case):
+    model = _Latents(case)
+    noise, lengths = case.inputs["noise"], case.inputs["lengths"]
+    with torch.no_grad():
+        codes, ids = model.encode(case.inputs["latents"])
+        outputs = {"ids": ids}
+        for name in case.json["outputs"]:
+            if name == "ids":
+                continue
+            _, steps, _, rule, *scale = name.split("_")
+            weight = float(scale[-1]) if scale else 1.0
+            # "ramp" is a guidance scale that falls with the time.
+            strength = (lambda time, weight=weight: 1 + weight * time) if "ramp" in scale else weight
+            outputs[name] = model.sample_latent(noise, codes, lengths, int(steps), strength, apg=rule == "apg")
+    return outputs
+
+
+@runner("image -> autoencoder -> ids -> prefixes -> guided sampling -> autoencoder -> image")
+def flextok_image_to_image(case):
+    model = _Latents(case)
+    with torch.no_grad():
+        latents = model.encode_latent(case.inputs["image"])
+        out = model.encoder(latents)
+        codes, ids = model.quantizer(out)
+        sampled = model.sample_latent(case.inputs["noise"], codes, case.inputs["lengths"], 4, 7.5, apg=True)
+        image = model.decode_latent(sampled)
+    return {"latents": latents, "registers_out": out, "ids": ids, "sampled_latents": sampled, "image": image}
+
+
+@runner("d12-d12 at published size: latents of 256 px images -> ids; velocity")
+def flextok_published_size(case):
+    model = _Latents(case)
+    with torch.no_grad():
+        out = model.encoder(case.inputs["latents"])
+        codes, ids = model.quantizer(out)
+        condition = model.decoder.condition(codes, case.inputs["keep"], case.inputs["null"])
+        velocity = model.decoder(case.inputs["noised_latents"], case.inputs["t"].float(), condition)
+    fresh = flextok.sincos_2d(*[case.config["patch_grid"]] * 2, case.config["encoder"]["width"])
+    return {"registers_out": out, "ids": ids, "velocity": velocity, "sincos_table": fresh.permute(2, 0, 1)[None]}
+
+
 @runner("KL autoencoder")
 def kl_autoencoder(case):
     sizes = case.config
-    vae = AutoencoderKL(
-        block_out_channels=sizes["widths"],
-        down_block_types=["DownEncoderBlock2D"] * len(sizes["widths"]),
-        up_block_types=["UpDecoderBlock2D"] * len(sizes["widths"]),
-        layers_per_block=sizes["layers_per_block"],
-        latent_channels=sizes["latent_channels"],
-        norm_num_groups=sizes["groups"],
-        scaling_factor=sizes["scale_factor"],
-    ).eval()
-    load_strictly(vae, case.weights("vae.vae."), case.name)
+    vae = autoencoder(sizes, case)
     tokenizer = flextok.FlexTok(flextok.Config(image_size=64, encoder_depth=0, decoder_depth=0, num_registers=1), vae)
     scale = sizes["scale_factor"]
     with torch.no_grad():

@@ -12,8 +12,7 @@ There is no pixel, perceptual or adversarial loss: only the velocity of a rectif
 
 Departures from the published code. Without effect on what is computed: batches are plain (B, N, D) tensors instead of
 packed sequences; query, key and value, and gate and up, are one projection; the 2D positions are buffers. With effect:
-latents are the mode of the VAE's posterior where the published code samples it, so that tokens are deterministic; and
-guidance is plain classifier-free guidance.
+latents are the mode of the VAE's posterior where the published code samples it, so that tokens are deterministic.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from vistok.checkpoint import KeyMap, KeyRule
 from vistok.errors import UserError, first_line
-from vistok.flow.guidance import guide
+from vistok.flow.guidance import guide, guide_projected
 from vistok.flow.path import interpolate, target_velocity
 from vistok.flow.solvers import euler
 from vistok.flow.time import logit_normal_time, mode_time
@@ -71,7 +70,8 @@ class Config:
         token_std: standard deviation of registers, positions and learned tokens at the start. The paper's is 0.02;
             small models trained for minutes learn to use their codes much sooner with 1.
         steps: Euler steps of ``decode`` unless told otherwise.
-        guidance: guidance scale of ``decode`` unless told otherwise.
+        guidance: guidance scale of ``decode`` unless told otherwise (the paper's models: 7.5 with ``apg``).
+        apg: whether ``decode`` guides by adaptive projected guidance unless told otherwise.
     """
 
     image_size: int = 256
@@ -94,6 +94,7 @@ class Config:
     token_std: float = 0.02
     steps: int = 25
     guidance: float = 1.0
+    apg: bool = False
 
 
 _layer_norm = partial(nn.LayerNorm, eps=1e-5, elementwise_affine=False)
@@ -272,7 +273,7 @@ class FlexTok(Tokenizer):
     @property
     def decode_defaults(self) -> dict[str, Any]:
         """Steps and guidance of the config."""
-        return {"steps": self.config.steps, "guidance": self.config.guidance}
+        return {"steps": self.config.steps, "guidance": self.config.guidance, "apg": self.config.apg}
 
     # ------------------------------------------------------------------ images <-> latents
 
@@ -314,7 +315,8 @@ class FlexTok(Tokenizer):
         *,
         keep: Int[Tensor, " B"] | None = None,
         steps: int | None = None,
-        guidance: float | None = None,
+        guidance: float | Callable[[float], float] | None = None,
+        apg: bool | None = None,
         progress: Callable[[int], None] | None = None,
         **unknown: Any,
     ) -> Float[Tensor, "B 3 H W"]:
@@ -325,7 +327,8 @@ class FlexTok(Tokenizer):
             rng: streams of the initial noise.
             keep: tokens used of each row, for batches of mixed lengths; None uses all that are given.
             steps: Euler steps; one step gives the mean of the images that fit the tokens, more give a sample.
-            guidance: scale of classifier-free guidance against the null condition; 1 is none.
+            guidance: scale of the guidance against the null condition, or a function of the time; 1 is none.
+            apg: adaptive projected guidance instead of classifier-free guidance.
             progress: called with 1 after each step.
             unknown: refused by name.
 
@@ -333,9 +336,10 @@ class FlexTok(Tokenizer):
             UserError: for an unknown option or one outside its range.
         """
         if unknown:
-            raise UserError(f"flextok: unknown decode option {next(iter(unknown))!r} (valid: steps, guidance)")
+            raise UserError(f"flextok: unknown decode option {next(iter(unknown))!r} (valid: steps, guidance, apg)")
         steps = self.config.steps if steps is None else steps
         guidance = self.config.guidance if guidance is None else guidance
+        apg = self.config.apg if apg is None else apg
         if steps < 1:
             raise UserError(f"flextok: steps must be at least 1, got {steps}")
         codes = self.embed(tokens) if isinstance(tokens, Tokens) else tokens
@@ -344,7 +348,8 @@ class FlexTok(Tokenizer):
             keep = torch.full((batch,), given, device=codes.device)
         shape = (self.channels, self.latent_size, self.latent_size)
         noise = torch.randn(batch, *shape) if rng is None else rng.normal(*shape)
-        return self.decode_latent(self.sample_latent(noise.to(codes.device), codes, keep, steps, guidance, progress))
+        latent = self.sample_latent(noise.to(codes.device), codes, keep, steps, guidance, apg, progress)
+        return self.decode_latent(latent)
 
     def sample_latent(
         self,
@@ -352,7 +357,8 @@ class FlexTok(Tokenizer):
         codes: Float[Tensor, "B n levels"],
         keep: Int[Tensor, " B"],
         steps: int,
-        guidance: float,
+        guidance: float | Callable[[float], float],
+        apg: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> Float[Tensor, "B C h w"]:
         """Integrate the guided velocity from ``noise``; conditional and null branch run as one batch."""
@@ -362,9 +368,16 @@ class FlexTok(Tokenizer):
             return euler(lambda x, time: self.decoder(x, time, condition), noise, steps, progress)
         both = torch.cat([condition, self.decoder.condition(codes, keep, ~never)])
 
+        running: Tensor | None = None  # of adaptive projected guidance, from step to step
+
         def velocity(x: Tensor, time: Tensor) -> Tensor:
+            nonlocal running
             conditional, null = self.decoder(torch.cat([x, x]), torch.cat([time, time]), both).float().chunk(2)
-            return guide(conditional, null, guidance)
+            scale = guidance(float(time[0])) if callable(guidance) else guidance
+            if not apg:
+                return guide(conditional, null, scale)
+            guided, running = guide_projected(conditional, null, scale, running)
+            return guided
 
         return euler(velocity, noise, steps, progress)
 
