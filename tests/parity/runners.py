@@ -12,7 +12,7 @@ from vistok.generators.sampling import filter_logits
 from vistok.interfaces import NULL_CLASS, ClassCondition, SampleOptions
 from vistok.quantizers.fsq import FSQ
 from vistok.rng import SampleRng
-from vistok.tokenizers import flextok
+from vistok.tokenizers import flextok, flextok_published
 from vistok.tokens import Grid2D, TokenSpec
 
 RUNNERS = {}
@@ -145,9 +145,9 @@ class _Latents(flextok.FlexTok):
         )
         super().__init__(config, vae)
         weights = {key: value for key, value in case.weights().items() if not key.startswith("vae.")}
-        own = flextok.PUBLISHED_KEYS.to_published(self.state_dict())
+        own = flextok_published.PUBLISHED_KEYS.to_published(self.state_dict())
         weights |= {key: own[key] for key in case.constants}
-        load_strictly(self, flextok.PUBLISHED_KEYS.to_ours(weights), case.name)
+        load_strictly(self, flextok_published.PUBLISHED_KEYS.to_ours(weights), case.name)
         self.eval()
 
 
@@ -194,7 +194,7 @@ def flextok_training(case):
     report.total.backward()
     # A weight that cannot reach the loss has no gradient of ours; the case counts it as zero.
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-    published = flextok.PUBLISHED_KEYS.to_published(gradients)
+    published = flextok_published.PUBLISHED_KEYS.to_published(gradients)
     with torch.no_grad():
         codes, ids = model.encode(latents)
         noised = interpolate(latents, noise, sigma.float())

@@ -10,7 +10,8 @@ from vistok.flow.solvers import euler
 from vistok.flow.time import mode_time
 from vistok.nn.patch import patchify, sincos_2d, unpatchify
 from vistok.rng import SampleRng
-from vistok.tokenizers.flextok import PUBLISHED_KEYS, Config, FlexTok, build, kept_tokens, round_up_to_pow2
+from vistok.tokenizers.flextok import Config, FlexTok, build, kept_tokens, round_up_to_pow2
+from vistok.tokenizers.flextok_published import PUBLISHED_KEYS
 
 TINY = Config(
     image_size=16,

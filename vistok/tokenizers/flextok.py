@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vistok.checkpoint import KeyMap, KeyRule
 from vistok.errors import UserError, first_line
 from vistok.flow.guidance import guide, guide_projected
 from vistok.flow.path import interpolate, target_velocity
@@ -236,6 +235,21 @@ class FlexTok(Tokenizer):
         layout = Ordered1D(config.num_registers)
         self.spec = TokenSpec(layout, (self.quantizer.codebook_size,), self.quantizer.dim, config.image_size)
         self.reset_parameters()
+
+    @classmethod
+    def from_published(cls, path_or_hub_id: str) -> FlexTok:
+        """A released tokenizer with its VAE, in eval mode, decoding as its authors do (25 steps, APG at 7.5).
+
+        Args:
+            path_or_hub_id: a folder with ``model.safetensors`` (and ``config.json``), such a file, or a repository of
+                the Hugging Face hub such as ``EPFL-VILAB/flextok_d12_d12_in1k``.
+
+        Raises:
+            UserError: naming the file, key, shape or config value that is missing or does not fit.
+        """
+        from vistok.tokenizers.flextok_published import load_published
+
+        return load_published(path_or_hub_id)
 
     def reset_parameters(self) -> None:
         """Xavier-uniform linear layers, zero heads and modulations, learned tokens of std ``token_std``.
@@ -451,57 +465,6 @@ def _check_ranges(config: Config) -> None:
 def vae_downsampling(vae: Any) -> int:
     """Pixels per latent pixel of a diffusers ``AutoencoderKL``."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-def _block_rules(ours: str, theirs: str) -> list[KeyRule]:
-    return [
-        KeyRule(f"{ours}.attention.qkv.weight", tuple(f"{theirs}.attn.w{part}.weight" for part in "qkv")),
-        KeyRule(f"{ours}.attention.out.weight", (f"{theirs}.attn.proj.weight",)),
-        KeyRule(f"{ours}.mlp.gate_up.weight", (f"{theirs}.mlp.fc1.weight", f"{theirs}.mlp.fc3.weight")),
-        KeyRule(f"{ours}.mlp.down.weight", (f"{theirs}.mlp.fc2.weight",)),
-    ]
-
-
-def _linear_rules(ours: str, theirs: str) -> list[KeyRule]:
-    return [KeyRule(f"{ours}.{part}", (f"{theirs}.{part}",)) for part in ("weight", "bias")]
-
-
-def _grid_rule(ours: str, theirs: str) -> KeyRule:
-    """``[1, width, rows, columns]`` <-> ``(rows, columns, width)``."""
-    return KeyRule(ours, (theirs,), lambda x: x[0].permute(1, 2, 0), lambda x: x.permute(2, 0, 1)[None])
-
-
-_ENC, _DEC = "encoder.module_dict", "decoder.module_dict"
-
-PUBLISHED_KEYS = KeyMap(
-    "published FlexTok",
-    [
-        *_linear_rules("encoder.patch_in", f"{_ENC}.enc_patch_emb.patch_proj"),
-        _grid_rule("encoder.positions", f"{_ENC}.enc_posemb_module.posembs"),
-        KeyRule("encoder.registers", (f"{_ENC}.enc_register_module.registers",)),
-        *_block_rules("encoder.blocks.{i}", f"{_ENC}.enc_transformer.blocks.{{i}}"),
-        *_linear_rules("encoder.head", f"{_ENC}.enc_to_latents.proj"),
-        *_linear_rules("decoder.codes_in", f"{_DEC}.dec_from_latents.proj"),
-        KeyRule(
-            "decoder.register_positions",
-            (f"{_DEC}.dec_registers_posemb_module.posembs",),
-            lambda x: x[0, 0].T,
-            lambda x: x.T[None, None],
-        ),
-        KeyRule("decoder.mask_token", (f"{_DEC}.dec_nested_dropout.dropout_mask_token",)),
-        KeyRule("decoder.null_token", (f"{_DEC}.dec_latent_dropout.nullcond",)),
-        *_linear_rules("decoder.patch_in", f"{_DEC}.dec_noise_patch_emb.patch_proj"),
-        _grid_rule("decoder.positions", f"{_DEC}.dec_patches_posemb_module.posembs"),
-        *_linear_rules("decoder.time.mlp.{i}", f"{_DEC}.dec_time_embedder.mlp.{{i}}"),
-        *_block_rules("decoder.blocks.{i}", f"{_DEC}.dec_transformer.blocks.{{i}}"),
-        *_linear_rules(
-            "decoder.blocks.{i}.modulation.linear", f"{_DEC}.dec_transformer.blocks.{{i}}.adaLN_modulation.1"
-        ),
-        *_linear_rules("decoder.head_modulation.linear", f"{_DEC}.dec_to_patches.adaLN_modulation.1"),
-        *_linear_rules("decoder.head", f"{_DEC}.dec_to_patches.proj"),
-    ],
-)
-"""Encoder and decoder of the released files; their VAE keeps diffusers' names behind ``vae.vae.``."""
 
 
 def build(config: Config) -> FlexTok:
