@@ -3,6 +3,7 @@
     model.safetensors   weights (EMA where the run has one)
     config.yaml         kind, name, args: what ``vistok.config.build`` needs
     spec.json           token spec, which weights, and for a generator the tokenizer's folder and hash
+    vae/ ...            frozen helpers, under the name of the argument that wants their folder
 
 A run folder is an export folder, so every command line takes either.
 """
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,10 +32,11 @@ from vistok.interfaces import Generator, Tokenizer
 from vistok.tokens import TokenSpec
 
 WEIGHTS, CONFIG, SPEC = "model.safetensors", "config.yaml", "spec.json"
+HERE = "./"
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it: the final name is never half-written.
+    """Let ``write`` fill a temporary file (or folder) beside ``path``, then rename it: no final name is half-written.
 
     Raises:
         UserError: if the disk refuses; what stood at ``path`` before is untouched.
@@ -46,7 +49,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {_disk_error(error)}") from error
 
 
@@ -71,6 +74,7 @@ def export(
     spec: TokenSpec,
     state_dict: Mapping[str, Tensor],
     extra: dict[str, Any] | None = None,
+    helpers: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an export folder.
 
@@ -81,8 +85,14 @@ def export(
         spec: what it emits or models.
         state_dict: its weights.
         extra: plain values for ``spec.json``.
+        helpers: :attr:`~vistok.interfaces.Tokenizer.frozen_helpers`; each is copied once, and its argument in the
+            export becomes ``./name``: a path that begins so is meant from the export folder.
     """
     folder = Path(folder)
+    for name, helper in (helpers or {}).items():
+        if not (folder / name).exists():
+            write_atomically(folder / name, helper.save_pretrained)
+        component = Component(component.name, {**component.args, name: HERE + name})
     weights = {key: value.detach().contiguous().cpu() for key, value in state_dict.items()}
     config = to_yaml({"kind": kind, "name": component.name, "args": component.args})
     details = json.dumps({"spec": spec.to_dict(), **(extra or {})}, indent=2)
@@ -118,11 +128,14 @@ def export_info(folder: str | Path) -> dict[str, Any]:
 
 
 def export_hash(folder: str | Path) -> str:
-    """SHA-256 of an export's weights and configuration, hex."""
+    """SHA-256 of an export's weights, configuration and frozen helpers, hex."""
     export_info(folder)
+    folder, args = Path(folder), read_yaml(Path(folder) / CONFIG)["args"]
+    helpers = [folder / value for value in args.values() if _is_here(value)]
+    files = [folder / CONFIG, folder / WEIGHTS, *(path for helper in helpers for path in sorted(helper.iterdir()))]
     digest = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS):
-        with open(Path(folder) / name, "rb") as file:
+    for path in files:
+        with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
@@ -134,7 +147,8 @@ def load_tokenizer(folder: str | Path, device: str | torch.device = "cpu") -> To
         UserError: if the folder is no tokenizer export, or its weights are truncated or foreign.
     """
     info = _info_of_kind(folder, "tokenizer")
-    model = build("tokenizers", Component(info["name"], info["args"]), where=str(Path(folder) / CONFIG))
+    args = {name: str(Path(folder) / value) if _is_here(value) else value for name, value in info["args"].items()}
+    model = build("tokenizers", Component(info["name"], args), where=str(Path(folder) / CONFIG))
     return _with_weights(model, folder, device)
 
 
@@ -278,6 +292,10 @@ def _numbers(pattern: str, keys: Mapping[str, Any]) -> list[str]:
 
 
 # ---------------------------------------------------------------------- helpers
+
+
+def _is_here(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(HERE)
 
 
 def _info_of_kind(folder: str | Path, kind: str) -> dict[str, Any]:

@@ -125,6 +125,14 @@ class Tokenizer(nn.Module, ABC):
         """Options of :meth:`decode` that change images, with the values it takes unless told otherwise."""
         return {}
 
+    @property
+    def frozen_helpers(self) -> dict[str, Any]:
+        """Frozen models that this one cannot work without, by the config argument that names their folder.
+
+        They have diffusers' and transformers' ``save_pretrained(folder)``; exports carry a copy.
+        """
+        return {}
+
     @abstractmethod
     def tokenize(self, images: Float[Tensor, "B 3 H W"]) -> Tokens:
         """Codes of ``images`` in [-1, 1]; deterministic, without gradients."""

@@ -4,6 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from vistok.checkpoint import export, export_hash, load_tokenizer
+from vistok.config import Component, to_plain
 from vistok.errors import UserError
 from vistok.flow.path import target_velocity
 from vistok.flow.solvers import euler
@@ -206,6 +208,16 @@ def test_latents_of_a_frozen_vae(tmp_path, images):
         expected = vae.eval().encode(images).latent_dist.mean * 0.7
     torch.testing.assert_close(latent, expected)
     assert model.decode(model.tokenize(images), SampleRng.from_seed(0, 4), steps=1).shape == images.shape
+    component = Component("flextok", to_plain(model.config))
+    export(tmp_path / "export", "tokenizer", component, model.spec, model.state_dict(), helpers=model.frozen_helpers)
+    digest = export_hash(tmp_path / "export")
+    moved = tmp_path / "moved"
+    (tmp_path / "export").rename(moved)
+    tokens = model.eval().tokenize(images)
+    assert torch.equal(load_tokenizer(moved).tokenize(images).ids, tokens.ids), "an export brings its VAE along"
+    assert export_hash(moved) == digest
+    (moved / "vae" / "config.json").write_text((moved / "vae" / "config.json").read_text() + " ")
+    assert export_hash(moved) != digest, "another VAE makes other tokens"
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.encode_latent(images), latent), "a frozen VAE keeps its own precision"
     with pytest.raises(UserError, match="AutoencoderKL"):

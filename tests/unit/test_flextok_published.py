@@ -10,7 +10,9 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
+from vistok.checkpoint import export_info, load_tokenizer
 from vistok.errors import UserError
+from vistok.published import main as published_command
 from vistok.rng import SampleRng
 from vistok.tokenizers.flextok import Config, FlexTok
 from vistok.tokenizers.flextok_published import PUBLISHED_KEYS, from_state
@@ -167,6 +169,19 @@ def test_the_load_is_strict(published):
     with pytest.warns(UserWarning, match="dec_repa_head"):
         loaded = FlexTok.from_published(str(folder))
     assert torch.equal(loaded.encoder.registers, state[registers])
+
+
+def test_a_release_becomes_an_export(published, tmp_path, monkeypatch, capsys):
+    folder, model, _ = published
+    out = tmp_path / "export"
+    monkeypatch.setattr("sys.argv", ["published", "flextok", str(folder), "--out", str(out)])
+    published_command()
+    assert "16 px, 8 tokens" in capsys.readouterr().out
+    loaded = load_tokenizer(out)
+    assert torch.equal(loaded.tokenize(images()).ids, model.tokenize(images()).ids)
+    assert (export_info(out)["weights"], loaded.decode_defaults["apg"]) == ("published", True)
+    with pytest.raises(UserError, match="exists"):
+        published_command()
 
 
 def test_a_missing_file_is_named(tmp_path):

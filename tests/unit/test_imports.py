@@ -27,6 +27,7 @@ ALLOWED = {
     "merging": BASE | PARTS,
     "pictures": {"errors", "checkpoint"},
     "pipeline": BASE | {"pictures"},
+    "published": {"errors", "cli", "checkpoint", "config"},
     "data": BASE | {"pictures"},
     "eval": BASE | {"data", "pictures", "pipeline"},
     "training": BASE | {"nn", "data", "eval", "pictures", "pipeline"},

@@ -289,6 +289,11 @@ class FlexTok(Tokenizer):
         """Steps and guidance of the config."""
         return {"steps": self.config.steps, "guidance": self.config.guidance, "apg": self.config.apg}
 
+    @property
+    def frozen_helpers(self) -> dict[str, Any]:
+        """The VAE, if there is one."""
+        return {} if self.vae is None else {"vae": self.vae.module}
+
     # ------------------------------------------------------------------ images <-> latents
 
     def encode_latent(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
@@ -465,6 +470,9 @@ def _check_ranges(config: Config) -> None:
 def vae_downsampling(vae: Any) -> int:
     """Pixels per latent pixel of a diffusers ``AutoencoderKL``."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+from_published = FlexTok.from_published
 
 
 def build(config: Config) -> FlexTok:

@@ -271,6 +271,7 @@ def _exporter(
 ) -> Callable[[dict[str, Tensor], dict[str, float]], None]:
     """Writes given weights, and the progress that made them, as the run's export."""
     component, kind = config.generator or Component(**config.tokenizer), "tokenizer"
+    helpers = net.frozen_helpers if isinstance(net, Tokenizer) else None
     details: dict[str, Any] = {"weights": "ema", "ema_decay": config.ema.decay, "data": data.description}
     if config.generator is not None:
         kind = "generator"
@@ -279,7 +280,7 @@ def _exporter(
         details["num_classes"], details["class_names"] = net.num_classes, data.class_names
 
     def write(weights: dict[str, Tensor], progress: dict[str, float]) -> None:
-        export(config.output, kind, component, net.spec, weights, {**progress, **details})
+        export(config.output, kind, component, net.spec, weights, {**progress, **details}, helpers)
 
     return write
 
