@@ -146,6 +146,7 @@ def test_nested_dropout_draws():
     torch.testing.assert_close(powers[[1, 2, 4, 8]], torch.full((4,), 0.25), atol=0.01, rtol=0)
     rounded = kept_tokens(draws, 8, "uniform_pow2").bincount(minlength=9) / 40000
     torch.testing.assert_close(rounded[[1, 2, 4, 8]], torch.tensor([1, 1, 2, 4]) / 8, atol=0.01, rtol=0)
+    assert (kept_tokens(draws, 8, "all") == 8).all()
     assert round_up_to_pow2(torch.tensor([5, 8, 9])).tolist() == [8, 8, 16]
 
 

@@ -60,7 +60,7 @@ class Config:
         head_dim: channels of an attention head.
         fsq_levels: levels of each code channel.
         keep: how many tokens nested dropout keeps: ``uniform`` 1..N; ``pow2`` equally likely powers of two;
-            ``uniform_pow2`` a uniform draw rounded up to a power of two.
+            ``uniform_pow2`` a uniform draw rounded up to a power of two; ``all`` never drops any.
         null_probability: share of samples trained without tokens, for guidance.
         time_density: density of training times.
         mode_scale: parameter of the ``mode`` density.
@@ -84,7 +84,7 @@ class Config:
     decoder_depth: int = 12
     head_dim: int = 64
     fsq_levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
-    keep: Literal["uniform", "pow2", "uniform_pow2"] = "uniform"
+    keep: Literal["uniform", "pow2", "uniform_pow2", "all"] = "uniform"
     null_probability: float = 0.1
     time_density: Literal["mode", "logit_normal"] = "mode"
     mode_scale: float = 0.25
@@ -438,6 +438,8 @@ class FlexTok(Tokenizer):
 
 def kept_tokens(uniform: Float[Tensor, " B"], registers: int, mode: str) -> Int[Tensor, " B"]:
     """Tokens that nested dropout keeps, from draws in [0, 1): see ``Config.keep``."""
+    if mode == "all":
+        return torch.full_like(uniform, registers, dtype=torch.int64)
     if mode == "pow2":
         choices = int(math.log2(registers)) + 1
         return 2 ** (uniform * choices).long().clamp(max=choices - 1)
