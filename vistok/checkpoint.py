@@ -160,19 +160,23 @@ def load_generator(folder: str | Path, device: str | torch.device = "cpu") -> Ge
     return _with_weights(model, folder, device)
 
 
-def tokenizer_folder(generator_folder: str | Path) -> Path:
-    """The tokenizer that an exported generator was trained on: its recorded folder, wherever both have moved together.
+def tokenizer_folder(generator_folder: str | Path, given: str | Path | None = None) -> Path:
+    """The tokenizer that an exported generator was trained on: where it was, or where the user says it is now.
+
+    Args:
+        generator_folder: export of the generator.
+        given: folder of the tokenizer; by default the recorded one, relative to the generator's folder.
 
     Raises:
         UserError: if it is gone, or is not the tokenizer whose hash the generator recorded.
     """
     info = _info_of_kind(generator_folder, "generator")
     if not {"tokenizer", "tokenizer_hash"} <= info.keys():
-        raise UserError(f"{generator_folder} does not say which tokenizer it was trained on; give it with --tokenizer")
-    recorded = Path(info["tokenizer"])
-    folder = recorded if recorded.is_absolute() else Path(generator_folder) / recorded
-    if not folder.is_dir():
+        raise UserError(f"{generator_folder} does not say which tokenizer it was trained on")
+    folder = Path(given) if given else Path(generator_folder) / info["tokenizer"]
+    if not given and not folder.is_dir():
         raise UserError(f"{generator_folder}: its tokenizer is not at {folder}; give it with --tokenizer")
+    _info_of_kind(folder, "tokenizer")
     if export_hash(folder) != info["tokenizer_hash"]:
         raise UserError(
             f"{folder} is not the tokenizer that {generator_folder} was trained on (hash "

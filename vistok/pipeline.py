@@ -39,14 +39,11 @@ def load_models(
         device: where to put both.
 
     Raises:
-        UserError: if a folder is no such export, or the tokens of the two do not fit.
+        UserError: if a folder is no such export, or the generator was trained on another tokenizer.
     """
     generator = load_generator(checkpoint, device)
-    folder = Path(tokenizer) if tokenizer else tokenizer_folder(checkpoint)
-    decoder = load_tokenizer(folder, device)
-    if decoder.spec != generator.spec:
-        raise UserError(f"{folder} has other tokens ({decoder.spec}) than the generator models ({generator.spec})")
-    return generator, decoder, folder
+    folder = tokenizer_folder(checkpoint, tokenizer)
+    return generator, load_tokenizer(folder, device), folder
 
 
 def prefix_lengths(spec: TokenSpec, wanted: list[int] | None = None) -> list[int]:

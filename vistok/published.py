@@ -15,7 +15,7 @@ from vistok.errors import UserError
 
 def main() -> None:
     """Parse the command line and convert."""
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(prog="python -m vistok.published", description=__doc__.splitlines()[0])
     parser.add_argument("tokenizer", help="name of the model, such as flextok")
     parser.add_argument("source", help="folder or file of the release, or a repository of the Hugging Face hub")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="export folder to write")

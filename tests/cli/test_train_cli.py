@@ -82,7 +82,7 @@ def test_help_shows_examples_and_components(command):
 def test_a_run_prints_a_header_and_one_live_line(tmp_path, command):
     code, out, err = command("--config", tiny_yaml(tmp_path))
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["train", "data", "updates", "output"]
+    assert [line.split()[0] for line in out.splitlines()] == ["train", "data", "updates", "output", "finished"]
     assert err.count("\n") == 1 and "8/8" in err
     load_tokenizer(tmp_path / "run")
     assert (tmp_path / "run" / "run.yaml").read_text().startswith("# ")

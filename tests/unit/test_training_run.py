@@ -252,6 +252,14 @@ def test_numbers_outside_their_range_are_refused(tmp_path, wrong):
         tiny_run(tmp_path, wrong)
 
 
+def test_a_run_older_than_an_option_can_be_resumed(tmp_path):
+    train(tiny_run(tmp_path, "trainer.max_updates=1"))
+    path = tmp_path / "run" / "run.yaml"
+    path.write_text(path.read_text().replace("    dropout: 0.1\n", ""))
+    train(tiny_run(tmp_path, "resume=auto"))
+    assert read_state(tmp_path / "run")["updates"] == 8
+
+
 def test_a_start_that_failed_does_not_block_the_next(tmp_path):
     with pytest.raises(UserError, match="nan"):
         train(tiny_run(tmp_path, "tokenizer.args.nan_after_images=1"))

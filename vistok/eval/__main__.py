@@ -278,7 +278,8 @@ def _add_common(parser: argparse.ArgumentParser, more_features: tuple[str, ...] 
 
 def _features(args: argparse.Namespace) -> FeatureNetwork:
     if not args.features and args.data not in SMALL_NETWORKS:
-        raise UserError(f"no feature network comes with --data {args.data}: give --features (see --help)")
+        needed = "give --features inception:PATH (reconstruction also takes none)"
+        raise UserError(f"no feature network comes with --data {args.data}: {needed}")
     return load_features(args.features or args.data, args.device)
 
 

@@ -233,6 +233,9 @@ def train(config: RunConfig) -> None:
     if config.trainer.compile:
         net.compile()  # in place: keys of the state dict stay what they are
     trainer.fit(task, data, ckpt_path=start)
+    if trainer.is_global_zero:
+        seconds = task.progress["seconds"]
+        print(f"finished {config.output}: {task.updates} updates in {seconds:.0f} s, exported with averaged weights")
 
 
 # ---------------------------------------------------------------------- building
@@ -401,7 +404,8 @@ def _check_checkpoint(
 
 def _first_difference(key: str, before: Any, now: Any) -> str | None:
     if isinstance(before, dict) and isinstance(now, dict):
-        parts = (_first_difference(f"{key}.{k}", before.get(k), now.get(k)) for k in {**before, **now})
+        # A key that the old run does not have is an option younger than the run: its default is what was done then.
+        parts = (_first_difference(f"{key}.{k}", before[k], now.get(k)) for k in before)
         return next((part for part in parts if part), None)
     return None if before == now else f"{key} is {now}, the run was started with {before}"
 
