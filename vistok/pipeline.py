@@ -1,8 +1,8 @@
 """The whole line in one call: class ids -> tokens -> images, and images -> tokens -> images.
 
 The only place where a generator and a tokenizer meet; training pictures, ``sample.py`` and the evaluation call it.
-Results are uint8, as image files and metrics want them. Sample i depends on ``seed`` and ``i`` alone, never on
-``batch_size``.
+Results are uint8, as image files and metrics want them. Sample i depends on ``seed`` and ``i`` alone: its tokens are
+the same at every ``batch_size``, its pixels up to the rounding of a float.
 """
 
 from __future__ import annotations

@@ -256,6 +256,9 @@ def test_a_run_older_than_an_option_can_be_resumed(tmp_path):
     train(tiny_run(tmp_path, "trainer.max_updates=1"))
     path = tmp_path / "run" / "run.yaml"
     path.write_text(path.read_text().replace("    dropout: 0.1\n", ""))
+    assert "dropout" not in path.read_text()
+    with pytest.raises(UserError, match=r"dropout is 0\.5, the run was started with 0\.1"):
+        train(tiny_run(tmp_path, "resume=auto", "tokenizer.args.dropout=0.5"))
     train(tiny_run(tmp_path, "resume=auto"))
     assert read_state(tmp_path / "run")["updates"] == 8
 

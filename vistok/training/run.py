@@ -377,7 +377,8 @@ def _refuse_used_folder(output: Path) -> None:
 
 def _check_same_run(config: RunConfig, path: Path) -> None:
     """Raise UserError if ``config`` differs from the run in ``path`` in what a resumed run cannot change."""
-    before, now = read_yaml(path), yaml.safe_load(to_yaml(config))
+    # Read as a config, an old run has today's default for an option that is younger than it: what was done then.
+    before, now = (yaml.safe_load(to_yaml(run)) for run in (load_config(path, []), config))
     for part in (before, now):
         part.get("data", {}).pop("workers", None)
         if config.generator is not None:
@@ -404,8 +405,7 @@ def _check_checkpoint(
 
 def _first_difference(key: str, before: Any, now: Any) -> str | None:
     if isinstance(before, dict) and isinstance(now, dict):
-        # A key that the old run does not have is an option younger than the run: its default is what was done then.
-        parts = (_first_difference(f"{key}.{k}", before[k], now.get(k)) for k in before)
+        parts = (_first_difference(f"{key}.{k}", before.get(k), now.get(k)) for k in {**before, **now})
         return next((part for part in parts if part), None)
     return None if before == now else f"{key} is {now}, the run was started with {before}"
 
