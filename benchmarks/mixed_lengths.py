@@ -1,12 +1,16 @@
-"""Decoding images of several code lengths: one batch against one batch for each length, in the same run.
+"""Decoding images of eight code lengths as one batch, in the same run against a batch for each length.
 
 python benchmarks/mixed_lengths.py [--images 1 --steps 8 --runs 3]
+
+Batches for each length are timed twice: with equal registers merged, as this package decodes, and with all registers
+in every pass, as published.
 """
 
 import argparse
 import platform
 import statistics
 import time
+from unittest.mock import patch
 
 import torch
 
@@ -16,19 +20,21 @@ from vistok.tokenizers.flextok import Config, build
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("images", 1), ("steps", 8), ("runs", 3), ("width", 128), ("depth", 4), ("image-size", 64)):
+    sizes = {"width": 64, "depth": 2, "image-size": 16, "patch-size": 4, "registers": 32}
+    for name, default in ({"images": 1, "steps": 8, "runs": 5} | sizes).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
-    sizes = {"encoder_width": 64, "encoder_depth": 1, "decoder_width": args.width, "decoder_depth": args.depth}
-    config = Config(image_size=args.image_size, patch_size=8, num_registers=128, head_dim=32, **sizes)
-    model = build(config).to(args.device).eval()
+    decoder = {"decoder_width": args.width, "decoder_depth": args.depth, "num_registers": args.registers}
+    encoder = {"encoder_width": 64, "encoder_depth": 1, "head_dim": 32}
+    model = build(Config(image_size=args.image_size, patch_size=args.patch_size, **encoder, **decoder))
+    model = model.to(args.device).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    lengths = [2**power for power in range(8)]
+    lengths = torch.linspace(1, args.registers, 8).round().long().tolist()
     count = args.images * len(lengths)
-    codes = model.quantizer.decode(torch.randint(0, 64000, (count, 128))).to(args.device)
+    codes = model.quantizer.decode(torch.randint(0, 64000, (count, args.registers))).to(args.device)
     keep = torch.tensor(lengths, device=args.device).repeat_interleave(args.images)
 
     def mixed() -> torch.Tensor:
@@ -45,15 +51,19 @@ def main() -> None:
         images = decode().cpu()
         return time.perf_counter() - started, images
 
-    timed(mixed), timed(separate)
-    pairs = [(timed(mixed), timed(separate)) for _ in range(args.runs)]
-    difference = max(float((one[1] - other[1]).abs().max()) for one, other in pairs)
-    one_s, other_s = (statistics.median(pair[side][0] for pair in pairs) for side in (0, 1))
-    print(f"decoder {args.width} x {args.depth}, {count} images of 8 lengths, {args.steps} steps, {args.device}")
+    def published() -> torch.Tensor:
+        with patch.object(model.decoder, "merge", lambda condition, distinct: (condition, None)):
+            return separate()
+
+    ways = {"one batch": mixed, "a batch per length": separate, "a batch per length, all registers": published}
+    runs = [{name: timed(way) for name, way in ways.items()} for _ in range(1 + args.runs)][1:]
+    seconds = {name: statistics.median(run[name][0] for run in runs) for name in ways}
+    difference = max(float((run[name][1] - run["one batch"][1]).abs().max()) for run in runs for name in ways)
+    print(f"decoder {args.width} x {args.depth}, {count} images of {lengths} tokens, {args.steps} steps, {args.device}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
-    print(f"one batch            {one_s * 1e3:8.1f} ms   (median of {args.runs})")
-    print(f"a batch per length   {other_s * 1e3:8.1f} ms")
-    print(f"ratio                {other_s / one_s:8.2f} x   largest difference {difference:.1e}")
+    for name, median in seconds.items():
+        print(f"{name:>34} {median * 1e3:9.1f} ms {median / seconds['one batch']:6.2f} x   (median of {args.runs})")
+    print(f"largest difference {difference:.1e}")
 
 
 if __name__ == "__main__":

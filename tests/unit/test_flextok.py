@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tiny_models.vae import save_vae
 from vistok.checkpoint import export, export_hash, load_tokenizer
 from vistok.config import Component, to_plain
 from vistok.errors import UserError
@@ -185,19 +186,7 @@ class _FakeVae(torch.nn.Module):
 
 
 def test_latents_of_a_frozen_vae(tmp_path, images):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        latent_channels=5,
-        norm_num_groups=4,
-        layers_per_block=1,
-        scaling_factor=0.7,
-    )
-    vae.save_pretrained(tmp_path)
+    vae = save_vae(tmp_path)
     model = build(replace(TINY, vae=str(tmp_path), patch_size=2))
     assert model.channels == 5 and model.latent_size == 8
     assert not any("vae" in name for name in model.state_dict())
@@ -250,3 +239,47 @@ def test_sizes_that_do_not_fit(change, words):
 def test_steps_must_be_positive(model, images):
     with pytest.raises(UserError, match="steps"):
         model.decode(model.tokenize(images), steps=0)
+
+
+def test_merged_registers_give_the_velocity_of_all(model, images):
+    codes, _ = model.encode(images)
+    keep, null = torch.tensor([1, 4, 7, 8]), torch.tensor([False, False, True, False])
+    condition = model.decoder.condition(codes, keep, null)
+    time = torch.full((4,), 0.7)
+    merged, bias = model.decoder.merge(condition, torch.where(null, 0, keep))
+    torch.testing.assert_close(model.decoder(images, time, merged, bias), model.decoder(images, time, condition))
+    merged, bias = model.decoder.merge(condition[:2], keep[:2])
+    assert merged.shape[1] == 5  # four codes and one mask token for four
+    torch.testing.assert_close(
+        model.decoder(images[:2], time[:2], merged, bias), model.decoder(images[:2], time[:2], condition[:2])
+    )
+    assert model.decoder.merge(condition, torch.full((4,), 8))[1] is None
+
+
+def test_recomputed_blocks_give_the_same_gradients(model, images):
+    def gradients(recompute):
+        model.encoder.recompute = model.decoder.recompute = recompute
+        model.zero_grad()
+        model.training_loss(images, rng()).total.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    assert all(map(torch.equal, gradients(False), gradients(True)))
+
+
+@pytest.mark.parametrize(
+    ("count", "keep", "words"),
+    [
+        (0, None, "decodes 1 to 8 tokens, got 0"),
+        (9, None, "decodes 1 to 8 tokens, got 9"),
+        (4, [0, 1], r"keep must lie in 1..4, got 0..1"),
+        (4, [5, 1], r"keep must lie in 1..4, got 1..5"),
+    ],
+)
+def test_counts_of_tokens_that_do_not_fit(model, count, keep, words):
+    with pytest.raises(UserError, match=words):
+        model.decode(torch.zeros(2, count, 3), keep=None if keep is None else torch.tensor(keep))
+
+
+def test_a_width_below_the_values_of_a_patch_is_pointed_out():
+    with pytest.warns(UserWarning, match="a patch has 48 values, more than decoder_width 32"):
+        build(replace(TINY, decoder_width=32))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -57,22 +57,38 @@ class AdaLN(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(
-        self, condition: Float[Tensor, "B C"], lengths: Sequence[int] | None = None
-    ) -> tuple[Float[Tensor, "B N D"], ...]:
-        """The vectors for each position.
-
-        Args:
-            condition: the conditioning vectors.
-            lengths: positions of each segment; None for one segment, whose vectors broadcast (N = 1).
-        """
-        vectors = self.linear(nn.functional.silu(condition)).unflatten(-1, self.shape)
-        if lengths is not None:
-            parts = zip(vectors.split(1, dim=1), lengths, strict=True)
-            vectors = torch.cat([part.expand(-1, length, -1) for part, length in parts], dim=1)
+    def forward(self, condition: Float[Tensor, "B C"] | Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B S D"], ...]:
+        """``chunks`` vectors for each of the S segments, or for each of N positions with a condition of their own."""
+        vectors = self.linear(nn.functional.silu(condition)).unflatten(-1, self.shape).flatten(1, -2)
         return vectors.chunk(self.chunks, dim=-1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``x * (1 + scale) + shift``."""
-    return torch.addcmul(shift, x, 1 + scale)
+Lengths = Sequence[int] | None
+"""Positions of each segment of a sequence; None for a sequence that is one segment."""
+
+
+def modulate(
+    x: Float[Tensor, "B N D"], shift: Float[Tensor, "B S D"], scale: Float[Tensor, "B S D"], lengths: Lengths = None
+) -> Float[Tensor, "B N D"]:
+    """``x * (1 + scale) + shift`` with the vectors of each position's segment."""
+    return _by_segment(lambda x, shift, scale: torch.addcmul(shift, x, 1 + scale), lengths, (x,), (shift, scale))
+
+
+def add_gated(
+    x: Float[Tensor, "B N D"], y: Float[Tensor, "B N D"], gate: Float[Tensor, "B S D"], lengths: Lengths = None
+) -> Float[Tensor, "B N D"]:
+    """``x + gate * y`` with the gate of each position's segment."""
+    return _by_segment(torch.addcmul, lengths, (x, y), (gate,))
+
+
+def _by_segment(
+    function: Callable[..., Tensor], lengths: Lengths, sequences: tuple[Tensor, ...], vectors: tuple[Tensor, ...]
+) -> Tensor:
+    """``function`` on each segment: repeating the vectors for every position would hold 6 D floats a position and
+    block for the backward pass, more than the block itself."""
+    if lengths is None:
+        return function(*sequences, *vectors)
+    cut = [sequence.split(list(lengths), dim=1) for sequence in sequences] + [
+        vector.split(1, dim=1) for vector in vectors
+    ]
+    return torch.cat([function(*parts) for parts in zip(*cut, strict=True)], dim=1)

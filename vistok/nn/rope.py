@@ -6,8 +6,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vistok.tokens import Grid2D, Layout
+
 Rotation = tuple[Float[Tensor, "N half"], Float[Tensor, "N half"]]
 """Cosines and sines, one row for each position, one column for each pair of neighbouring channels."""
+
+
+def coordinates(layout: Layout) -> Float[Tensor, "N axes"]:
+    """Positions of a layout: the cell on a grid; in a sequence code n is at n + 1, behind what conditions it at 0."""
+    if isinstance(layout, Grid2D):
+        rows, columns = torch.meshgrid(torch.arange(layout.height), torch.arange(layout.width), indexing="ij")
+        return torch.stack([rows, columns], dim=-1).flatten(0, 1).float()
+    return torch.arange(1, layout.num_positions + 1)[:, None].float()
 
 
 def rotation(positions: Float[Tensor, "N axes"], head_dim: int, base: float = 10000.0) -> Rotation:

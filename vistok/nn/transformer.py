@@ -1,15 +1,15 @@
-"""The transformer block of every model here: pre-norm attention and SwiGLU, optionally modulated by adaLN-zero."""
+"""The transformer block of every model here: pre-norm attention and MLP, optionally with adaLN-zero or a context."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from vistok.nn.attention import Attention, KVCache
-from vistok.nn.modulation import AdaLN, modulate
+from vistok.nn.attention import Attention, Context, CrossAttention, KVCache
+from vistok.nn.modulation import AdaLN, Lengths, add_gated, modulate
 from vistok.nn.rope import Rotation
 
 
@@ -26,6 +26,19 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+class MLP(nn.Module):
+    """``down(dropout(gelu(up x)))`` with biases, as in vision transformers."""
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        return self.down(self.dropout(F.gelu(self.up(x))))
+
+
 class Block(nn.Module):
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
 
@@ -36,11 +49,15 @@ class Block(nn.Module):
         heads: attention heads.
         hidden: hidden channels of the MLP.
         norm: makes a normalisation layer for a width.
-        qk_norm: see :class:`Attention`.
+        qk_norm: normalise queries and keys too, with such layers of their own.
         scale: see :class:`Attention`.
         dropout: on the output of both sublayers.
         condition_dim: channels of the modulating condition; None for a plain block.
         segments: see :class:`AdaLN`.
+        cross: a plain block's third sublayer between the two, ``x + cross_attention(norm(x), context)``.
+        mlp: makes the MLP for a width and its hidden channels.
+        bias: of the attention's projections.
+        attention_dropout: on the attention weights.
     """
 
     def __init__(
@@ -54,12 +71,19 @@ class Block(nn.Module):
         dropout: float = 0.0,
         condition_dim: int | None = None,
         segments: int = 1,
+        cross: bool = False,
+        mlp: Callable[[int, int], nn.Module] = SwiGLU,
+        bias: bool = False,
+        attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.attention_norm = norm(width)
-        self.attention = Attention(width, heads, qk_norm, scale)
+        self.attention = Attention(width, heads, norm if qk_norm else None, scale, bias, attention_dropout)
+        if cross:
+            self.cross_norm = norm(width)
+            self.cross_attention = CrossAttention(width, heads)
         self.mlp_norm = norm(width)
-        self.mlp = SwiGLU(width, hidden)
+        self.mlp = mlp(width, hidden)
         self.dropout = nn.Dropout(dropout)
         self.modulation = None if condition_dim is None else AdaLN(condition_dim, width, 6, segments)
 
@@ -70,15 +94,18 @@ class Block(nn.Module):
         causal: bool = False,
         rope: Rotation | None = None,
         cache: tuple[KVCache, int] | None = None,
-        condition: Float[Tensor, "B C"] | None = None,
-        lengths: Sequence[int] | None = None,
+        condition: Float[Tensor, "B C"] | Float[Tensor, "B N C"] | None = None,
+        lengths: Lengths = None,
+        context: Context | None = None,
     ) -> Float[Tensor, "B N D"]:
-        """Arguments as in :meth:`Attention.forward` and :meth:`AdaLN.forward`."""
+        """Arguments as in :meth:`Attention.forward`, :func:`modulate` and :meth:`CrossAttention.forward`."""
         if self.modulation is None:
             x = x + self.dropout(self.attention(self.attention_norm(x), mask, causal, rope, cache))
+            if context is not None:
+                x = x + self.dropout(self.cross_attention(self.cross_norm(x), context))
             return x + self.dropout(self.mlp(self.mlp_norm(x)))
-        gate_a, gate_m, shift_a, scale_a, shift_m, scale_m = self.modulation(condition, lengths)
-        y = modulate(self.attention_norm(x), shift_a, scale_a)
-        x = x + gate_a * self.dropout(self.attention(y, mask, causal, rope, cache))
-        y = modulate(self.mlp_norm(x), shift_m, scale_m)
-        return x + gate_m * self.dropout(self.mlp(y))
+        gate_a, gate_m, shift_a, scale_a, shift_m, scale_m = self.modulation(condition)
+        y = modulate(self.attention_norm(x), shift_a, scale_a, lengths)
+        x = add_gated(x, self.dropout(self.attention(y, mask, causal, rope, cache)), gate_a, lengths)
+        y = modulate(self.mlp_norm(x), shift_m, scale_m, lengths)
+        return add_gated(x, self.dropout(self.mlp(y)), gate_m, lengths)

@@ -17,29 +17,33 @@ latents are the mode of the VAE's posterior where the published code samples it,
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from vistok.checkpoint import module_hash
 from vistok.errors import UserError, first_line
 from vistok.flow.guidance import guide, guide_projected
 from vistok.flow.path import interpolate, target_velocity
 from vistok.flow.solvers import euler
 from vistok.flow.time import logit_normal_time, mode_time
 from vistok.interfaces import LossReport, Tokenizer
+from vistok.losses.alignment import Alignment, AlignmentConfig
 from vistok.nn.frozen import Frozen
-from vistok.nn.modulation import AdaLN, TimestepEmbedding, modulate
-from vistok.nn.patch import patchify, sincos_2d, unpatchify
-from vistok.nn.transformer import Block
+from vistok.nn.modulation import AdaLN
+from vistok.nn.vision_teacher import VisionTeacher, load_teacher
 from vistok.quantizers.fsq import FSQ
 from vistok.rng import SampleRng
+from vistok.tokenizers.flextok_networks import Decoder, Encoder
 from vistok.tokens import Ordered1D, Tokens, TokenSpec
 
 
@@ -68,9 +72,14 @@ class Config:
         max_timestep: scale of the time embedding, see :class:`TimestepEmbedding`.
         token_std: standard deviation of registers, positions and learned tokens at the start. The paper's is 0.02;
             small models trained for minutes learn to use their codes much sooner with 1.
+        code_std: standard deviation at the start of the weights that embed codes; None is Xavier's, as published. With
+            ``token_std`` 1 that is a whisper beside the positions: 1 makes codes heard from the first update.
         steps: Euler steps of ``decode`` unless told otherwise.
         guidance: guidance scale of ``decode`` unless told otherwise (the paper's models: 7.5 with ``apg``).
         apg: whether ``decode`` guides by adaptive projected guidance unless told otherwise.
+        recompute: compute blocks again in the backward pass instead of keeping what is inside them: less memory, about
+            a third more time.
+        alignment: of the decoder's patches with a frozen teacher (REPA); None trains without.
     """
 
     image_size: int = 256
@@ -91,116 +100,12 @@ class Config:
     logit_mean: float = 0.0
     max_timestep: float = 1.0
     token_std: float = 0.02
+    code_std: float | None = None
     steps: int = 25
     guidance: float = 1.0
     apg: bool = False
-
-
-_layer_norm = partial(nn.LayerNorm, eps=1e-5, elementwise_affine=False)
-
-
-def _make_blocks(width: int, depth: int, head_dim: int, **modulation: Any) -> nn.ModuleList:
-    hidden = int(2 * (4 * width) / 3)
-    # muP attention: the logit scale is 8 / head_dim, which equals the usual one at a head of 64.
-    make = partial(Block, width, width // head_dim, hidden, _layer_norm, qk_norm=True, scale=8 / head_dim)
-    return nn.ModuleList(make(**modulation) for _ in range(depth))
-
-
-def registers_mask(patches: int, registers: int) -> Bool[Tensor, "n n"]:
-    """The encoder's mask on ``[patches | registers]``: a key is open if it is a patch or not later than the query."""
-    index = torch.arange(patches + registers)
-    return (index[None] < patches) | (index[:, None] >= index[None])
-
-
-class Encoder(nn.Module):
-    """Latent -> unquantized register codes, from the sequence ``[patches | registers]``."""
-
-    positions: Tensor
-
-    def __init__(self, channels: int, grid: int, config: Config) -> None:
-        super().__init__()
-        width = config.encoder_width
-        self.patch_size = config.patch_size
-        self.patch_in = nn.Linear(channels * config.patch_size**2, width)
-        self.register_buffer("positions", sincos_2d(grid, grid, width))
-        self.registers = nn.Parameter(torch.empty(config.num_registers, width))
-        self.blocks = _make_blocks(width, config.encoder_depth, config.head_dim)
-        self.norm = _layer_norm(width)
-        self.head = nn.Linear(width, len(config.fsq_levels))
-        self._masks: dict[tuple[int, torch.device], Tensor] = {}
-
-    def forward(self, latent: Float[Tensor, "B C h w"]) -> Float[Tensor, "B N levels"]:
-        height, width = (side // self.patch_size for side in latent.shape[-2:])
-        x = self.patch_in(patchify(latent, self.patch_size)) + self.positions[:height, :width].flatten(0, 1)
-        patches = x.shape[1]
-        x = torch.cat([x, self.registers.expand(len(x), -1, -1).to(x.dtype)], dim=1)
-        mask = self._mask(patches, x.device)
-        for block in self.blocks:
-            x = block(x, mask)
-        return self.head(self.norm(x[:, patches:]))
-
-    def _mask(self, patches: int, device: torch.device) -> Bool[Tensor, "n n"]:
-        key = (patches, device)
-        if key not in self._masks:
-            self._masks[key] = registers_mask(patches, len(self.registers)).to(device)
-        return self._masks[key]
-
-
-class Decoder(nn.Module):
-    """Noised latent, time and codes -> velocity, from the sequence ``[noised patches | codes]``."""
-
-    positions: Tensor
-
-    def __init__(self, channels: int, grid: int, config: Config) -> None:
-        super().__init__()
-        width = config.decoder_width
-        self.patch_size = config.patch_size
-        self.codes_in = nn.Linear(len(config.fsq_levels), width)
-        self.register_positions = nn.Parameter(torch.empty(config.num_registers, width))
-        self.mask_token = nn.Parameter(torch.empty(width))
-        self.null_token = nn.Parameter(torch.empty(width))
-        self.patch_in = nn.Linear(channels * config.patch_size**2, width)
-        self.register_buffer("positions", sincos_2d(grid, grid, width))
-        self.time = TimestepEmbedding(width, max_timestep=config.max_timestep)
-        # Patches and registers are modulated by vectors of their own.
-        self.blocks = _make_blocks(width, config.decoder_depth, config.head_dim, condition_dim=width, segments=2)
-        self.norm = _layer_norm(width)
-        self.head_modulation = AdaLN(width, width, 2)
-        self.head = nn.Linear(width, channels * config.patch_size**2)
-
-    def condition(
-        self, codes: Float[Tensor, "B n levels"], keep: Int[Tensor, " B"], null: Bool[Tensor, " B"]
-    ) -> Float[Tensor, "B N D"]:
-        """The register stream: ``keep`` embedded codes, then mask tokens; null tokens only where ``null``.
-
-        Both tokens replace code and position, so the sequence always has N registers, and what stands at and behind
-        ``keep`` has no influence.
-        """
-        missing = len(self.register_positions) - codes.shape[1]
-        stream = self.codes_in(F.pad(codes, (0, 0, 0, missing)).to(self.codes_in.weight.dtype))
-        return self.drop(stream + self.register_positions, keep, null)
-
-    def drop(
-        self, stream: Float[Tensor, "B N D"], keep: Int[Tensor, " B"], null: Bool[Tensor, " B"]
-    ) -> Float[Tensor, "B N D"]:
-        """Nested dropout, then the null condition."""
-        kept = torch.arange(stream.shape[1], device=stream.device) < keep[:, None]
-        stream = torch.where(kept[:, :, None], stream, self.mask_token.to(stream.dtype))
-        return torch.where(null[:, None, None], self.null_token.to(stream.dtype), stream)
-
-    def forward(
-        self, noised: Float[Tensor, "B C h w"], time: Float[Tensor, " B"], condition: Float[Tensor, "B N D"]
-    ) -> Float[Tensor, "B C h w"]:
-        height, width = (side // self.patch_size for side in noised.shape[-2:])
-        x = self.patch_in(patchify(noised.to(self.patch_in.weight.dtype), self.patch_size))
-        x = torch.cat([x + self.positions[:height, :width].flatten(0, 1), condition.to(x.dtype)], dim=1)
-        lengths = (height * width, condition.shape[1])
-        time_vector = self.time(time)
-        for block in self.blocks:
-            x = block(x, condition=time_vector, lengths=lengths)
-        shift, scale = self.head_modulation(time_vector)
-        x = self.head(modulate(self.norm(x[:, : height * width]), shift, scale))
-        return unpatchify(x, self.patch_size, height, width)
+    recompute: bool = False
+    alignment: AlignmentConfig | None = None
 
 
 class FlexTok(Tokenizer):
@@ -209,9 +114,12 @@ class FlexTok(Tokenizer):
     Args:
         config: sizes and training choices.
         vae: frozen diffusers ``AutoencoderKL``, or None for pixels.
+        teacher: that ``config.alignment`` aligns with, or None for no alignment.
     """
 
-    def __init__(self, config: Config, vae: Any = None) -> None:
+    training_only = ("alignment",)
+
+    def __init__(self, config: Config, vae: Any = None, teacher: VisionTeacher | None = None) -> None:
         super().__init__()
         self.config = config
         self.vae: Any = None if vae is None else Frozen(vae)
@@ -227,7 +135,17 @@ class FlexTok(Tokenizer):
         for name in ("encoder_width", "decoder_width"):
             if getattr(config, name) % config.head_dim:
                 raise UserError(f"flextok: {name} {getattr(config, name)} is no multiple of head_dim {config.head_dim}")
+        values = channels * config.patch_size**2
+        if values > config.decoder_width:
+            warnings.warn(
+                f"flextok: a patch has {values} values, more than decoder_width {config.decoder_width}: part of the "
+                "noise cannot pass the decoder and stays in its pictures",
+                stacklevel=3,
+            )
         self.channels = channels
+        shape = (channels, self.latent_size, self.latent_size)
+        # What looks like an image is taken for one.
+        self.latent_shape = None if shape == (3, config.image_size, config.image_size) else shape
         self.vae_scale = self._vae_scale()
         self.quantizer = FSQ(config.fsq_levels)
         self.encoder = Encoder(channels, grid, config)
@@ -235,6 +153,10 @@ class FlexTok(Tokenizer):
         layout = Ordered1D(config.num_registers)
         self.spec = TokenSpec(layout, (self.quantizer.codebook_size,), self.quantizer.dim, config.image_size)
         self.reset_parameters()
+        # Last, so that the weights of a seed are the same with and without it.
+        self.alignment: Alignment | None = None
+        if config.alignment is not None and teacher is not None:
+            self.alignment = Alignment(config.alignment, teacher, config.decoder_width)
 
     @classmethod
     def from_published(cls, path_or_hub_id: str) -> FlexTok:
@@ -270,6 +192,8 @@ class FlexTok(Tokenizer):
         decoder = self.decoder
         for token in (self.encoder.registers, decoder.register_positions, decoder.mask_token, decoder.null_token):
             nn.init.normal_(token, std=self.config.token_std)
+        if self.config.code_std is not None:
+            nn.init.normal_(decoder.codes_in.weight, std=self.config.code_std)
 
     def _vae_scale(self) -> float:
         """Factor on the latents.
@@ -294,11 +218,27 @@ class FlexTok(Tokenizer):
         """The VAE, if there is one."""
         return {} if self.vae is None else {"vae": self.vae.module}
 
+    @property
+    def latent_hash(self) -> str:
+        """Of weights and config of the VAE, and of the scale."""
+        if self.vae is None:
+            return ""
+        vae = self.vae.module
+        # Without defaults: a later diffusers has more of them.
+        defaults = inspect.signature(type(vae)).parameters
+        config = {key: value for key, value in vae.config.items() if key in defaults and value != defaults[key].default}
+        return module_hash(vae, config, self.vae_scale)
+
     # ------------------------------------------------------------------ images <-> latents
 
     def encode_latent(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
-        """What encoder and flow work on: the mode of the VAE's posterior, scaled; or the images themselves."""
-        if self.vae is None:
+        """What encoder and flow work on: the mode of the VAE's posterior, scaled; or the images themselves.
+
+        Raises:
+            UserError: for neither images nor latents.
+        """
+        self.check_images(images)
+        if self.vae is None or self.is_latent(images):
             return images
         with torch.no_grad(), self.vae.exact(images.device):
             return self.vae.on(images.device).encode(images.float()).latent_dist.mode() * self.vae_scale
@@ -318,8 +258,7 @@ class FlexTok(Tokenizer):
 
     @torch.no_grad()
     def tokenize(self, images: Float[Tensor, "B 3 H W"]) -> Tokens:
-        """All ``num_registers`` tokens of ``images``; take a :meth:`Tokens.prefix` for fewer."""
-        self.check_images(images)
+        """All ``num_registers`` tokens of ``images`` or latents; take a :meth:`Tokens.prefix` for fewer."""
         return Tokens(self.encode(self.encode_latent(images))[1][:, :, None], self.spec)
 
     def embed(self, tokens: Tokens) -> Float[Tensor, "B n levels"]:
@@ -348,7 +287,7 @@ class FlexTok(Tokenizer):
             steps: Euler steps; one step gives the mean of the images that fit the tokens, more give a sample.
             guidance: scale of the guidance against the null condition, or a function of the time; 1 is none.
             apg: adaptive projected guidance instead of classifier-free guidance.
-            progress: called with 1 after each step.
+            progress: called with 1 after each step; None shows a bar on a terminal when decoding takes over a second.
             unknown: refused by name.
 
         Raises:
@@ -363,11 +302,19 @@ class FlexTok(Tokenizer):
             raise UserError(f"flextok: steps must be at least 1, got {steps}")
         codes = self.embed(tokens) if isinstance(tokens, Tokens) else tokens
         batch, given, _ = codes.shape
+        if not 1 <= given <= self.spec.num_positions:
+            raise UserError(f"flextok: decodes 1 to {self.spec.num_positions} tokens, got {given}")
         if keep is None:
             keep = torch.full((batch,), given, device=codes.device)
+        elif bool((keep < 1).any() | (keep > given).any()):
+            raise UserError(f"flextok: keep must lie in 1..{given}, got {int(keep.min())}..{int(keep.max())}")
         shape = (self.channels, self.latent_size, self.latent_size)
         noise = torch.randn(batch, *shape) if rng is None else rng.normal(*shape)
-        latent = self.sample_latent(noise.to(codes.device), codes, keep, steps, guidance, apg, progress)
+        hidden = progress is not None
+        with tqdm(total=steps, desc="decode", unit="step", delay=1, leave=False, disable=hidden or None) as bar:
+            latent = self.sample_latent(
+                noise.to(codes.device), codes, keep, steps, guidance, apg, progress if hidden else bar.update
+            )
         return self.decode_latent(latent)
 
     def sample_latent(
@@ -382,16 +329,20 @@ class FlexTok(Tokenizer):
     ) -> Float[Tensor, "B C h w"]:
         """Integrate the guided velocity from ``noise``; conditional and null branch run as one batch."""
         never = torch.zeros(len(codes), dtype=torch.bool, device=codes.device)
-        condition = self.decoder.condition(codes, keep, never)
+        condition, distinct = self.decoder.condition(codes, keep, never), keep
+        if guidance != 1:
+            condition = torch.cat([condition, self.decoder.condition(codes, keep, ~never)])
+            distinct = torch.cat([keep, torch.zeros_like(keep)])
+        condition, bias = self.decoder.merge(condition, distinct)
         if guidance == 1:
-            return euler(lambda x, time: self.decoder(x, time, condition), noise, steps, progress)
-        both = torch.cat([condition, self.decoder.condition(codes, keep, ~never)])
+            return euler(lambda x, time: self.decoder(x, time, condition, bias), noise, steps, progress)
 
         running: Tensor | None = None  # of adaptive projected guidance, from step to step
 
         def velocity(x: Tensor, time: Tensor) -> Tensor:
             nonlocal running
-            conditional, null = self.decoder(torch.cat([x, x]), torch.cat([time, time]), both).float().chunk(2)
+            both = self.decoder(torch.cat([x, x]), torch.cat([time, time]), condition, bias)
+            conditional, null = both.float().chunk(2)
             scale = guidance(float(time[0])) if callable(guidance) else guidance
             if not apg:
                 return guide(conditional, null, scale)
@@ -403,8 +354,16 @@ class FlexTok(Tokenizer):
     # ------------------------------------------------------------------ training
 
     def training_loss(self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator) -> LossReport:
-        """Mean squared error of the velocity (about 1 + variance of the latent at the start)."""
-        self.check_images(images)
+        """Mean squared error of the velocity (about 1 + variance of the latent at the start), plus any alignment.
+
+        Raises:
+            UserError: for neither images nor latents, or latents where the teacher needs images.
+        """
+        if self.alignment is not None and self.is_latent(images):
+            raise UserError(
+                "flextok: the teacher of the alignment needs images, these are latents: train on images, or set "
+                "tokenizer.args.alignment=null"
+            )
         latent = self.encode_latent(images)
         batch, device = len(latent), latent.device
 
@@ -419,7 +378,7 @@ class FlexTok(Tokenizer):
         noise = draw(torch.randn, *latent.shape)
         keep = kept_tokens(draw(torch.rand, batch), config.num_registers, config.keep)
         null = draw(torch.rand, batch) < config.null_probability
-        return self.velocity_loss(latent, noise, time, keep, null)
+        return self.velocity_loss(latent, noise, time, keep, null, images)
 
     def velocity_loss(
         self,
@@ -428,12 +387,24 @@ class FlexTok(Tokenizer):
         time: Float[Tensor, " B"],
         keep: Int[Tensor, " B"],
         null: Bool[Tensor, " B"],
+        images: Float[Tensor, "B 3 H W"] | None = None,
     ) -> LossReport:
-        """The loss for given draws (a pure function of its arguments and the weights)."""
+        """The loss for given draws (a pure function of its arguments and the weights).
+
+        Without ``images``, which only the teacher looks at, it is that of the velocity alone.
+        """
         codes, ids = self.encode(latent)
-        velocity = self.decoder(interpolate(latent, noise, time), time, self.decoder.condition(codes, keep, null))
+        alignment = None if images is None else self.alignment
+        layer = None if alignment is None else alignment.config.layer
+        condition = self.decoder.condition(codes, keep, null)
+        velocity, features = self.decoder.with_features(interpolate(latent, noise, time), time, condition, layer)
         loss = F.mse_loss(velocity.float(), target_velocity(latent, noise).float())
-        return LossReport(loss, {"velocity": loss}, tokens=Tokens(ids[:, :, None], self.spec))
+        terms, stats = {"velocity": loss}, {}
+        if alignment is not None:
+            negative_cosine = alignment(features, images)
+            terms["alignment"], stats["alignment_cosine"] = alignment.config.weight * negative_cosine, -negative_cosine
+            loss = loss + terms["alignment"]
+        return LossReport(loss, terms, stats, Tokens(ids[:, :, None], self.spec))
 
 
 def kept_tokens(uniform: Float[Tensor, " B"], registers: int, mode: str) -> Int[Tensor, " B"]:
@@ -467,6 +438,11 @@ def _check_ranges(config: Config) -> None:
         raise UserError(f"flextok: fsq_levels must all be at least 2, got {list(config.fsq_levels)}")
     if config.keep == "pow2" and config.num_registers & (config.num_registers - 1):
         raise UserError(f"flextok: keep=pow2 needs a power of two, not num_registers={config.num_registers}")
+    alignment = config.alignment
+    if alignment is not None and not 0 <= alignment.layer < config.decoder_depth:
+        raise UserError(f"flextok: alignment.layer must lie in 0..{config.decoder_depth - 1}, got {alignment.layer}")
+    if alignment is not None and (alignment.weight <= 0 or alignment.projector_width < 1):
+        raise UserError("flextok: alignment.weight and alignment.projector_width must be positive")
 
 
 def vae_downsampling(vae: Any) -> int:
@@ -478,20 +454,36 @@ from_published = FlexTok.from_published
 
 
 def build(config: Config) -> FlexTok:
-    """A FlexTok with fresh weights; a VAE, if any, is read from its folder.
+    """A FlexTok with fresh weights; a VAE, if any, is read from its folder, and a teacher from its file.
 
     Raises:
-        UserError: if sizes do not fit each other or the VAE folder cannot be read.
+        UserError: if sizes do not fit each other or the VAE or the teacher cannot be read.
     """
+    return FlexTok(config, _load_vae(config), _load_teacher(config))
+
+
+def _load_vae(config: Config) -> Any:
     if config.vae is None:
-        return FlexTok(config)
+        return None
     from diffusers import AutoencoderKL
 
     try:
-        vae = AutoencoderKL.from_pretrained(config.vae, local_files_only=True)
+        return AutoencoderKL.from_pretrained(config.vae, local_files_only=True, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"flextok: vae {config.vae!r} is no readable folder of a diffusers AutoencoderKL "
             f"(config.json + diffusion_pytorch_model.safetensors): {first_line(error)}"
         ) from None
-    return FlexTok(config, vae)
+
+
+def _load_teacher(config: Config) -> VisionTeacher | None:
+    alignment = config.alignment
+    if alignment is None:
+        return None
+    if alignment.teacher_weights is None:
+        warnings.warn(
+            f"alignment is off: alignment.teacher_weights names no file with the weights of {alignment.teacher}",
+            stacklevel=2,
+        )
+        return None
+    return load_teacher(alignment.teacher, alignment.teacher_weights, **alignment.teacher_args)
