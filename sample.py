@@ -6,15 +6,16 @@ import argparse
 import difflib
 import os
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from tqdm import tqdm
 
 from vistok import cli
-from vistok.checkpoint import export_info, load_tokenizer
+from vistok.checkpoint import export_info, load_text_encoder, load_tokenizer
 from vistok.data.datamodule import load_images
 from vistok.errors import UserError
-from vistok.interfaces import NULL_CLASS, SampleOptions
+from vistok.interfaces import NULL_CLASS, ClassCondition, Condition, Generator, SampleOptions
 from vistok.pictures import prefix_grid, save_images, save_png, to_uint8
 from vistok.pipeline import (
     decode_prefixes,
@@ -32,10 +33,14 @@ and for a tokenizer:
 
 examples:
   python sample.py --checkpoint runs/demo/generator --class 3 --count 16 --cfg-scale 2 --top-p 0.95 --out samples/
+  python sample.py --checkpoint runs/t2i/generator --prompt "a small red circle" --count 4 --cfg-scale 3
   python sample.py --checkpoint runs/demo/tokenizer --images DIR --tokens 1,4,16 --out reconstructions/
 """
 SAMPLING = ("cfg_scale", "temperature", "top_k", "top_p")
-FLAGS_OF = {"generator": ("class", "tokenizer", *SAMPLING), "tokenizer": ("images", "on_error")}
+FLAGS_OF = {
+    "generator": ("class", "prompt", "tokenizer", "text_encoder", *SAMPLING),
+    "tokenizer": ("images", "on_error"),
+}
 
 
 def parse() -> argparse.Namespace:
@@ -53,9 +58,12 @@ def parse() -> argparse.Namespace:
     add("--decode", nargs="*", default=[], metavar="key=value", help="decode options, such as steps=8")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=cli.usable_device, default=device, help="default: %(default)s")
+    add("--precision", choices=("32", "bf16"), default="32", help="bf16 computes under autocast (default: 32)")
     add = parser.add_argument_group("for a generator").add_argument
     add("--class", metavar="C", help="class number or name (default: all in turn)")
+    add("--prompt", metavar="TEXT", help='what a generator conditioned on text shall show; "" is anything')
     add("--tokenizer", type=Path, metavar="DIR", help="default: the one that the generator was trained on")
+    add("--text-encoder", type=Path, metavar="DIR", help="default: the one that the generator was trained with")
     add("--cfg-scale", type=float, metavar="S", help="guidance scale; 1 is none (default: 1)")
     add("--temperature", type=float, metavar="T", help="0 takes the likeliest code (default: 1)")
     add("--top-k", type=int, metavar="K", help="keep the k likeliest codes; 0 keeps all (default: 0)")
@@ -79,19 +87,47 @@ def generate(args: argparse.Namespace) -> None:
         if len(args.tokens) > 1:
             raise UserError(f"--tokens: a generator takes one number, got {len(args.tokens)}")
         (flags["num_tokens"],) = prefix_lengths(generator.spec, args.tokens)
+    condition, labels = (texts if generator.text_width else classes)(args, generator)
+    decode = read_decode_options(tokenizer, args.decode)
+    with tqdm(total=args.count, desc="sample", unit="img", leave=False) as bar:
+        images = sample_images(
+            generator, tokenizer, condition, SampleOptions(**flags), args.seed, args.batch_size, decode, bar.update
+        )
+    save_images(args.out, images, labels)
+    print(f"{args.count} samples: {args.out / 'grid.png'}, {args.out / 'samples.npz'}")
+
+
+def classes(args: argparse.Namespace, generator: Generator) -> tuple[Condition, list[str]]:
+    """``--class`` for each sample, or all classes in turn; and their names.
+
+    Raises:
+        UserError: for an unknown class, or flags of a generator conditioned on text.
+    """
+    if args.prompt is not None or args.text_encoder is not None:
+        raise UserError(
+            "--prompt and --text-encoder are for a generator conditioned on text, "
+            f"that in {args.checkpoint} is not: give --class"
+        )
     names = export_info(args.checkpoint).get("class_names") or []
     names += [str(number) for number in range(len(names), generator.num_classes)]
     wanted = getattr(args, "class")
     class_ids = torch.arange(args.count) % len(names) if names else torch.full((args.count,), NULL_CLASS)
     if wanted is not None:
         class_ids = torch.full((args.count,), class_number(wanted, names))
-    decode = read_decode_options(tokenizer, args.decode)
-    with tqdm(total=args.count, desc="sample", unit="img", leave=False) as bar:
-        images = sample_images(
-            generator, tokenizer, class_ids, SampleOptions(**flags), args.seed, args.batch_size, decode, bar.update
-        )
-    save_images(args.out, images, [names[c] if c >= 0 else "" for c in class_ids.tolist()])
-    print(f"{args.count} samples: {args.out / 'grid.png'}, {args.out / 'samples.npz'}")
+    return ClassCondition(class_ids), [names[number] if number >= 0 else "" for number in class_ids.tolist()]
+
+
+def texts(args: argparse.Namespace, generator: Generator) -> tuple[Condition, list[str]]:
+    """``--prompt`` for each sample, as the text encoder sees it; and as a label.
+
+    Raises:
+        UserError: if there is none, for ``--class``, or if the text encoder is missing.
+    """
+    if getattr(args, "class") is not None or args.prompt is None:
+        raise UserError(f"the generator in {args.checkpoint} is conditioned on text: give --prompt TEXT, no --class")
+    encoder = load_text_encoder(args.checkpoint, args.text_encoder, args.device)
+    same = torch.zeros(args.count, dtype=torch.int64)
+    return encoder.encode([args.prompt])[same], [shorten(args.prompt, 60)] * args.count
 
 
 @cli.flag_for("data.args.on_error=", "--on-error ")
@@ -149,7 +185,8 @@ def main() -> None:
     if foreign := [name for name in FLAGS_OF[other] if getattr(args, name) is not None]:
         raise UserError(f"--{foreign[0].replace('_', '-')} is for a {other}, but {args.checkpoint} holds a {kind}")
     check_writable(args.out)
-    (generate if kind == "generator" else reconstruct)(args)
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
+        (generate if kind == "generator" else reconstruct)(args)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,18 @@ examples:
   python train.py --config configs/digits/flextok.yaml output=runs/flextok resume=auto
 
 components ({{name: NAME, args: {{...}}}}; a dotted name reaches a module outside vistok):
-  tokenizer  {tokenizers}
-  generator  {generators}
-  data       {data}
+  tokenizer     {tokenizers}
+  generator     {generators}
+  text_encoder  {text_encoders}
+  data          {data}
 """
 
 
 def main() -> None:
     """Parse the command line and train."""
     parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.epilog = EPILOG.format(**{kind: ", ".join(available(kind)) for kind in ("tokenizers", "generators", "data")})
+    kinds = ("tokenizers", "generators", "text_encoders", "data")
+    parser.epilog = EPILOG.format(**{kind: ", ".join(available(kind)) for kind in kinds})
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run (see configs/)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the file")
     parser.add_argument("--print-config", action="store_true", help="print the whole resolved config and exit")

@@ -2,7 +2,7 @@
 
     model.safetensors   weights (EMA where the run has one)
     config.yaml         kind, name, args: what ``vistok.config.build`` needs
-    spec.json           token spec, which weights, and for a generator the tokenizer's folder and hash
+    spec.json           token spec, which weights; for a generator the tokenizer's folder and hash, and the text encoder
     vae/ ...            frozen helpers, under the name of the argument that wants their folder
 
 A run folder is an export folder, so every command line takes either.
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from vistok.config import Component, build, read_yaml, to_yaml
 from vistok.errors import UserError
-from vistok.interfaces import Generator, Tokenizer
+from vistok.interfaces import Autoencoder, Generator, TextEncoder, Tokenizer
 from vistok.tokens import TokenSpec
 
 WEIGHTS, CONFIG, SPEC = "model.safetensors", "config.yaml", "spec.json"
@@ -102,6 +102,27 @@ def export(
     write_text(folder / SPEC, details + "\n")
 
 
+@dataclass(frozen=True)
+class ExportFolder:
+    """An export as a frozen helper of another model, which then carries a copy.
+
+    Args:
+        path: where it lies; the copy holds the export alone, not what else a run has left there.
+    """
+
+    path: str | Path
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Copy the export to ``folder``: it has the same :func:`export_hash`."""
+        source = Path(self.path)
+        helpers = _helper_folders(source)
+        folder.mkdir(parents=True)
+        for name in (WEIGHTS, CONFIG, SPEC):
+            shutil.copy(source / name, folder / name)
+        for helper in helpers:
+            shutil.copytree(helper, folder / helper.relative_to(source))
+
+
 def export_info(folder: str | Path) -> dict[str, Any]:
     """Everything an export says about itself: ``kind``, ``name``, ``args``, ``spec`` and the extras.
 
@@ -129,10 +150,10 @@ def export_info(folder: str | Path) -> dict[str, Any]:
 
 def export_hash(folder: str | Path) -> str:
     """SHA-256 of an export's weights, configuration and frozen helpers, hex."""
-    export_info(folder)
-    folder, args = Path(folder), read_yaml(Path(folder) / CONFIG)["args"]
-    helpers = [folder / value for value in args.values() if _is_here(value)]
-    files = [folder / CONFIG, folder / WEIGHTS, *(path for helper in helpers for path in sorted(helper.iterdir()))]
+    folder = Path(folder)
+    files = [folder / CONFIG, folder / WEIGHTS]
+    for helper in _helper_folders(folder):
+        files += sorted(path for path in helper.rglob("*") if path.is_file())
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
@@ -140,15 +161,38 @@ def export_hash(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
+def module_hash(module: nn.Module, *settings: Any) -> str:
+    """SHA-256 of a module's weights and of plain ``settings``, hex; the same on every device."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def load_tokenizer(folder: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
     """The exported tokenizer, in eval mode.
+
+    Raises:
+        UserError: if the folder is no tokenizer export, its weights are truncated or foreign, or it has no codes.
+    """
+    model = load_autoencoder(folder, device)
+    if not isinstance(model, Tokenizer):
+        raise UserError(
+            f"{folder} holds a continuous tokenizer: give it codes (python -m vistok.discretize --tokenizer {folder})"
+        )
+    return model
+
+
+def load_autoencoder(folder: str | Path, device: str | torch.device = "cpu") -> Autoencoder:
+    """The exported tokenizer, discrete or continuous, in eval mode.
 
     Raises:
         UserError: if the folder is no tokenizer export, or its weights are truncated or foreign.
     """
     info = _info_of_kind(folder, "tokenizer")
-    args = {name: str(Path(folder) / value) if _is_here(value) else value for name, value in info["args"].items()}
-    model = build("tokenizers", Component(info["name"], args), where=str(Path(folder) / CONFIG))
+    component = Component(info["name"], _seen_from_outside(info["args"], folder))
+    model = build("tokenizers", component, where=str(Path(folder) / CONFIG))
     return _with_weights(model, folder, device)
 
 
@@ -183,6 +227,40 @@ def tokenizer_folder(generator_folder: str | Path, given: str | Path | None = No
             f"{export_hash(folder)[:12]}, expected {info['tokenizer_hash'][:12]}): it was retrained or replaced"
         )
     return folder
+
+
+def seen_from(folder: str | Path, component: Component) -> Component:
+    """``component`` with the folders among its arguments as paths ``./...`` from ``folder``, for an export there."""
+    args = {
+        name: HERE + os.path.relpath(value, folder) if isinstance(value, str) and Path(value).is_dir() else value
+        for name, value in component.args.items()
+    }
+    return Component(component.name, args)
+
+
+def load_text_encoder(
+    generator_folder: str | Path, given: str | Path | None = None, device: str | torch.device = "cpu"
+) -> TextEncoder:
+    """The text encoder that an exported generator was trained with, in eval mode.
+
+    Args:
+        generator_folder: export of the generator.
+        given: folder of the text encoder; by default the recorded one.
+        device: where to put it.
+
+    Raises:
+        UserError: if none is recorded, it is gone, or it cannot be read.
+    """
+    info = _info_of_kind(generator_folder, "generator")
+    if "text_encoder" not in info:
+        raise UserError(f"{generator_folder} does not say which text encoder it was trained with")
+    recorded = info["text_encoder"]
+    args = _seen_from_outside(recorded["args"], generator_folder)
+    if given:
+        args["path"] = str(given)
+    elif _is_here(recorded["args"].get("path")) and not Path(args["path"]).is_dir():
+        raise UserError(f"{generator_folder}: its text encoder is not at {args['path']}; give it with --text-encoder")
+    return build("text_encoders", Component(recorded["name"], args)).to(device).eval()
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
@@ -234,12 +312,14 @@ class KeyRule:
         theirs: published keys, concatenated along the first dimension (equal parts on the way back).
         forward: applied to the concatenation; with ``inverse`` for the way back.
         inverse: undoes ``forward``.
+        last_rows: of the last of ``theirs``, where its part is not equal to that of the other.
     """
 
     ours: str
     theirs: tuple[str, ...]
     forward: Callable[[Tensor], Tensor] | None = None
     inverse: Callable[[Tensor], Tensor] | None = None
+    last_rows: int | None = None
 
 
 class KeyMap:
@@ -280,7 +360,7 @@ class KeyMap:
                 key = rule.ours.replace("{i}", number)
                 used.add(key)
                 value = rule.inverse(ours[key]) if rule.inverse else ours[key]
-                parts = value.chunk(len(rule.theirs)) if len(rule.theirs) > 1 else [value]
+                parts = value.tensor_split([-rule.last_rows] if rule.last_rows else len(rule.theirs))
                 published.update({name.replace("{i}", number): part for name, part in zip(rule.theirs, parts)})
         if foreign := sorted(ours.keys() - used):
             raise UserError(f"{self.name}: unknown key(s) {_some(foreign)}")
@@ -300,6 +380,17 @@ def _numbers(pattern: str, keys: Mapping[str, Any]) -> list[str]:
 
 def _is_here(value: Any) -> bool:
     return isinstance(value, str) and value.startswith(HERE)
+
+
+def _helper_folders(folder: Path) -> list[Path]:
+    """The frozen helpers that an export carries."""
+    args = export_info(folder)["args"]
+    return [folder / value for value in args.values() if _is_here(value)]
+
+
+def _seen_from_outside(args: dict[str, Any], folder: str | Path) -> dict[str, Any]:
+    """Arguments of an export with its paths ``./...`` as paths of this process."""
+    return {name: str(Path(folder) / value) if _is_here(value) else value for name, value in args.items()}
 
 
 def _info_of_kind(folder: str | Path, kind: str) -> dict[str, Any]:

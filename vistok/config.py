@@ -1,10 +1,10 @@
 """Configuration: YAML plus ``key=value`` -> typed dataclasses -> objects.
 
 A component of a run is written ``{name: flextok, args: {...}}``. ``name`` is a module of one of the packages
-``vistok.tokenizers``, ``vistok.generators`` and ``vistok.data``; ``args`` is merged onto the ``Config`` dataclass of
-that module and given to its ``build``. A dotted name (``mylab.models.mytok``) reaches a module outside vistok.
-Every key is closed: an unknown key, a wrong type or a missing value is one line that names the place and the nearest
-valid key.
+``vistok.tokenizers``, ``vistok.generators``, ``vistok.text_encoders`` and ``vistok.data``; ``args`` is merged onto the
+``Config`` dataclass of that module and given to its ``build``. A dotted name (``mylab.models.mytok``) reaches a module
+outside vistok. Every key is closed: an unknown key, a wrong type or a missing value is one line that names the place
+and the nearest valid key.
 """
 
 from __future__ import annotations

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vistok.errors import UserError
@@ -40,8 +41,34 @@ class LossReport:
     tokens: Tokens | None = None
 
 
+class Condition(ABC):
+    """What a generator is asked for: one row for each sample, and an explicit null."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, rows: slice | Int[Tensor, " n"]) -> Self: ...
+
+    @abstractmethod
+    def null(self) -> Self:
+        """The explicit unconditional counterpart."""
+
+    @abstractmethod
+    def join(self, other: Self) -> Self:
+        """Both batches in one, for guidance in a single pass."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Self: ...
+
+    def dropped(self, drop: Bool[Tensor, " B"]) -> Self:
+        """These rows, null where ``drop``: what a generator that shall be guided is trained on."""
+        rows = torch.arange(len(self), device=drop.device)
+        return self.join(self.null())[torch.where(drop, rows + len(self), rows)]
+
+
 @dataclass(frozen=True)
-class ClassCondition:
+class ClassCondition(Condition):
     """Condition on a class label.
 
     Args:
@@ -53,22 +80,54 @@ class ClassCondition:
     def __len__(self) -> int:
         return self.class_ids.shape[0]
 
-    def __getitem__(self, rows: slice) -> ClassCondition:
+    def __getitem__(self, rows: slice | Int[Tensor, " n"]) -> ClassCondition:
         return ClassCondition(self.class_ids[rows])
 
     def null(self) -> ClassCondition:
-        """The explicit unconditional counterpart."""
         return ClassCondition(torch.full_like(self.class_ids, NULL_CLASS))
 
     def join(self, other: ClassCondition) -> ClassCondition:
-        """Both batches in one, for guidance in a single pass."""
         return ClassCondition(torch.cat([self.class_ids, other.class_ids]))
 
     def to(self, device: torch.device | str) -> ClassCondition:
         return ClassCondition(self.class_ids.to(device))
 
 
-Condition = ClassCondition
+@dataclass(frozen=True)
+class TextCondition(Condition):
+    """Condition on texts, as a frozen :class:`TextEncoder` sees them.
+
+    Args:
+        states: float32 ``(B, L, C)``.
+        mask: True at the states of the text, ``(B, L)``; what stands elsewhere has no influence.
+        null_states: ``(1, L0, C)``, of the empty text "": what unconditional means.
+        null_mask: ``(1, L0)``.
+    """
+
+    states: Float[Tensor, "B L C"]
+    mask: Bool[Tensor, "B L"]
+    null_states: Float[Tensor, "1 L0 C"]
+    null_mask: Bool[Tensor, "1 L0"]
+
+    def __len__(self) -> int:
+        return self.states.shape[0]
+
+    def __getitem__(self, rows: slice | Int[Tensor, " n"]) -> TextCondition:
+        return replace(self, states=self.states[rows], mask=self.mask[rows])
+
+    def null(self) -> TextCondition:
+        count = len(self)
+        return replace(self, states=self.null_states.expand(count, -1, -1), mask=self.null_mask.expand(count, -1))
+
+    def join(self, other: TextCondition) -> TextCondition:
+        length = max(self.mask.shape[1], other.mask.shape[1])
+        parts = [(part, length - part.mask.shape[1]) for part in (self, other)]
+        states = torch.cat([F.pad(part.states, (0, 0, 0, missing)) for part, missing in parts])
+        return replace(self, states=states, mask=torch.cat([F.pad(part.mask, (0, missing)) for part, missing in parts]))
+
+    def to(self, device: torch.device | str) -> TextCondition:
+        parts = (self.states, self.mask, self.null_states, self.null_mask)
+        return TextCondition(*(part.to(device) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -111,14 +170,23 @@ class SampleOptions:
         return self.cfg_scale if self.guided_tokens is None or position < self.guided_tokens else 1.0
 
 
-class Tokenizer(nn.Module, ABC):
-    """Images to discrete tokens and back.
+class Autoencoder(nn.Module, ABC):
+    """Images to a code and back: a :class:`Tokenizer` or a :class:`LatentTokenizer`.
 
-    Laws, tested for every registered tokenizer: ``decode`` returns images of the size it was given; the same seeds
-    give the same images; a batch of one equals a row of a batch; frozen helpers are in neither parameters nor state.
+    Laws, tested for every registered one: ``decode`` returns images of the size it was given; the same seeds give the
+    same images; a batch of one equals a row of a batch; frozen helpers are in neither parameters nor state.
     """
 
     spec: TokenSpec
+
+    decode: Callable[..., Float[Tensor, "B 3 H W"]]
+    """Images in [-1, 1] of a code, see the two kinds."""
+
+    training_only: tuple[str, ...] = ()
+    """Parts that only :meth:`training_loss` needs, named alike as config argument and as attribute: not exported."""
+
+    latent_shape: tuple[int, int, int] | None = None
+    """``(C, h, w)`` of the latents of a frozen autoencoder, for a tokenizer that reads them in place of images."""
 
     @property
     def decode_defaults(self) -> dict[str, Any]:
@@ -132,6 +200,46 @@ class Tokenizer(nn.Module, ABC):
         They have diffusers' and transformers' ``save_pretrained(folder)``; exports carry a copy.
         """
         return {}
+
+    @property
+    def latent_hash(self) -> str:
+        """Identity of the autoencoder behind :attr:`latent_shape`, hex: cached latents of another do not fit."""
+        return ""
+
+    def encode_latent(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
+        """Latents of ``images``; what has :attr:`latent_shape` already, or has no latents, passes as it is."""
+        return images
+
+    def decode_latent(self, latent: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Inverse of :meth:`encode_latent`."""
+        return latent
+
+    @abstractmethod
+    def training_loss(self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator) -> LossReport:
+        """Loss of one batch; every draw comes from ``rng``."""
+
+    def forward(self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator) -> LossReport:
+        """:meth:`training_loss`, so that wrappers of modules (DDP, compile) see the training pass."""
+        return self.training_loss(images, rng)
+
+    def check_images(self, images: Float[Tensor, "B 3 H W"]) -> None:
+        """Raise UserError unless ``images`` is a float batch of RGB images of this tokenizer's size, or of latents."""
+        size = self.spec.image_size_px
+        is_image = images.ndim == 4 and images.shape[1:] == (3, size, size)
+        if not (is_image or self.is_latent(images)) or not images.is_floating_point():
+            latents = f" or latents (B, {', '.join(map(str, self.latent_shape))})" if self.latent_shape else ""
+            raise UserError(
+                f"this tokenizer reads float images (B, 3, {size}, {size}) in [-1, 1]{latents}, "
+                f"got {images.dtype} {tuple(images.shape)}"
+            )
+
+    def is_latent(self, images: Float[Tensor, "B C h w"]) -> bool:
+        """Whether a batch holds latents of :attr:`latent_shape` in place of images."""
+        return images.ndim == 4 and tuple(images.shape[1:]) == self.latent_shape
+
+
+class Tokenizer(Autoencoder):
+    """Images to discrete tokens and back."""
 
     @abstractmethod
     def tokenize(self, images: Float[Tensor, "B 3 H W"]) -> Tokens:
@@ -153,29 +261,58 @@ class Tokenizer(nn.Module, ABC):
             options: of this tokenizer, see :attr:`decode_defaults`.
         """
 
+
+class LatentTokenizer(Autoencoder):
+    """Images to continuous latents and back: the same layouts, ``spec.latent_dim`` floats instead of slots.
+
+    Any of these becomes a :class:`Tokenizer` after its training by quantizing its latents (TokenBridge).
+    """
+
     @abstractmethod
-    def training_loss(self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator) -> LossReport:
-        """Loss of one batch; every draw comes from ``rng``."""
+    def encode(self, images: Float[Tensor, "B 3 H W"], rng: SampleRng | None = None) -> Float[Tensor, "B N C"]:
+        """Float32 latents of ``images`` in [-1, 1], without gradients.
 
-    def forward(self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator) -> LossReport:
-        """:meth:`training_loss`, so that wrappers of modules (DDP, compile) see the training pass."""
-        return self.training_loss(images, rng)
+        Args:
+            images: a batch.
+            rng: one stream per image for encoders that describe a distribution; None takes its mode, which is
+                deterministic.
+        """
 
-    def check_images(self, images: Float[Tensor, "B 3 H W"]) -> None:
-        """Raise UserError unless ``images`` is a float batch of RGB images of this tokenizer's size."""
-        size = self.spec.image_size_px
-        if images.ndim != 4 or images.shape[1:] != (3, size, size) or not images.is_floating_point():
-            raise UserError(
-                f"this tokenizer reads float images (B, 3, {size}, {size}) in [-1, 1], "
-                f"got {images.dtype} {tuple(images.shape)}"
-            )
+    @abstractmethod
+    def decode(
+        self, latents: Float[Tensor, "B N C"], rng: SampleRng | None = None, **options: Any
+    ) -> Float[Tensor, "B 3 H W"]:
+        """Images in [-1, 1] of ``latents``; arguments as :meth:`Tokenizer.decode`."""
+
+
+class TextEncoder(nn.Module, ABC):
+    """A frozen reader of captions and prompts: no gradients, float32 states under any autocast.
+
+    Laws: the states of a text do not depend on the texts beside it; the empty text has at least one state.
+
+    Attributes:
+        width: channels C of its states.
+    """
+
+    width: int
+
+    @abstractmethod
+    def encode(self, texts: list[str]) -> TextCondition:
+        """One row for each text, on the encoder's device."""
 
 
 class Generator(nn.Module, ABC):
-    """A distribution over the tokens of one :class:`TokenSpec`, given a condition. It never sees pixels."""
+    """A distribution over the tokens of one :class:`TokenSpec`, given a condition. It never sees pixels.
+
+    Attributes:
+        spec: the tokens.
+        num_classes: classes it knows, 0 for none.
+        text_width: channels of the text states that it is conditioned on; 0 for a generator of classes.
+    """
 
     spec: TokenSpec
     num_classes: int
+    text_width: int = 0
 
     @classmethod
     @abstractmethod
@@ -208,10 +345,28 @@ class Generator(nn.Module, ABC):
         return self.loss(tokens, condition, rng)
 
     def check_condition(self, condition: Condition) -> None:
-        """Raise UserError for a class id outside the range."""
-        ids = condition.class_ids
-        if len(ids) and not (int(ids.min()) >= NULL_CLASS and int(ids.max()) < self.num_classes):
+        """Raise UserError for the other kind of condition, an unknown class, or states of no text or another width."""
+        if isinstance(condition, TextCondition):
+            self._check_text(condition)
+        elif isinstance(condition, ClassCondition):
+            self._check_classes(condition.class_ids.tolist())
+
+    def _check_classes(self, ids: list[int]) -> None:
+        if self.text_width:
+            raise UserError("this generator is conditioned on text: it takes a prompt, no class")
+        if ids and not (min(ids) >= NULL_CLASS and max(ids) < self.num_classes):
             raise UserError(
-                f"class ids must lie in 0..{self.num_classes - 1} ({NULL_CLASS} for none), "
-                f"got {int(ids.min())}..{int(ids.max())}"
+                f"class ids must lie in 0..{self.num_classes - 1} ({NULL_CLASS} for none), got {min(ids)}..{max(ids)}"
             )
+
+    def _check_text(self, condition: TextCondition) -> None:
+        if not self.text_width:
+            raise UserError("this generator is conditioned on classes: it takes a class, no prompt")
+        width = condition.states.shape[-1]
+        if width != self.text_width:
+            raise UserError(
+                f"this generator reads text states of {self.text_width} channels, got {width}: "
+                "give it the text encoder that it was trained with"
+            )
+        if not bool(condition.mask.any(dim=1).all()):
+            raise UserError("a text without any state (a row of its mask is all False) cannot condition a generator")

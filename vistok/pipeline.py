@@ -1,4 +1,4 @@
-"""The whole line in one call: class ids -> tokens -> images, and images -> tokens -> images.
+"""The whole line in one call: condition -> tokens -> images, and images -> tokens -> images.
 
 The only place where a generator and a tokenizer meet; training pictures, ``sample.py`` and the evaluation call it.
 Results are uint8, as image files and metrics want them. Sample i depends on ``seed`` and ``i`` alone: its tokens are
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from vistok.checkpoint import load_generator, load_tokenizer, tokenizer_folder
 from vistok.config import nearest, parse_overrides
 from vistok.errors import UserError
-from vistok.interfaces import ClassCondition, Generator, SampleOptions, Tokenizer
+from vistok.interfaces import Condition, Generator, SampleOptions, Tokenizer
 from vistok.pictures import to_uint8
 from vistok.rng import SampleRng, derive_seed
 from vistok.tokens import Ordered1D, Tokens, TokenSpec
@@ -87,19 +87,19 @@ def read_decode_options(tokenizer: Tokenizer, pairs: list[str]) -> dict[str, Any
 def sample_images(
     generator: Generator,
     tokenizer: Tokenizer,
-    class_ids: Int[Tensor, " N"],
+    condition: Condition,
     options: SampleOptions,
     seed: int,
     batch_size: int,
     decode_options: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> UInt8[Tensor, "N 3 H W"]:
-    """Sample one image for each class id.
+    """Sample one image for each row of ``condition``.
 
     Args:
         generator: in evaluation mode.
         tokenizer: the one whose tokens ``generator`` models.
-        class_ids: int64; ``NULL_CLASS`` samples without a class.
+        condition: what the images shall show.
         options: guidance, filtering and the number of tokens.
         seed: names the samples.
         batch_size: samples at a time.
@@ -110,15 +110,37 @@ def sample_images(
         Images on the CPU.
     """
     images = []
-    for rows in torch.arange(len(class_ids)).split(batch_size):
-        first, count = int(rows[0]), len(rows)
-        condition = ClassCondition(class_ids[first : first + count].to(_device(generator)))
-        with torch.no_grad():
-            tokens = generator.generate(condition, options, SampleRng.from_seed(seed, count, start=first))
+    for first in range(0, len(condition), batch_size):
+        rows = condition[first : first + batch_size]
+        tokens = sample_tokens(generator, rows, options, seed, batch_size, first=first)
         images.append(decode_images(tokenizer, tokens, seed, batch_size, decode_options, first=first))
         if progress:
-            progress(count)
+            progress(len(rows))
     return torch.cat(images)
+
+
+def sample_tokens(
+    generator: Generator,
+    condition: Condition,
+    options: SampleOptions,
+    seed: int,
+    batch_size: int,
+    progress: Progress | None = None,
+    first: int = 0,
+) -> Tokens:
+    """One code for each row of ``condition``, on the CPU; row ``i`` is sample ``first + i`` of those ``seed`` names.
+
+    The code that ``options.num_tokens`` cuts short is a prefix of the whole one.
+    """
+    device, ids = _device(generator), []
+    for start in range(0, len(condition), batch_size):
+        rows = condition[start : start + batch_size].to(device)
+        with torch.no_grad():
+            tokens = generator.generate(rows, options, SampleRng.from_seed(seed, len(rows), start=first + start))
+        ids.append(tokens.ids.cpu())
+        if progress:
+            progress(len(rows))
+    return Tokens(torch.cat(ids), generator.spec)
 
 
 def tokenize_images(tokenizer: Tokenizer, images: Float[Tensor, "N 3 H W"], batch_size: int) -> Tokens:

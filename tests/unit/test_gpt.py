@@ -48,8 +48,8 @@ def test_the_first_loss_is_the_log_of_the_vocabulary():
     assert report.total.item() == pytest.approx(math.log(17), abs=1e-5)
 
 
-def test_class_dropout_reaches_the_stated_share():
-    model = build(Config(width=32, depth=1, heads=2, num_classes=5, class_dropout=1.0, dropout=0.0), SPEC)
+def test_condition_dropout_reaches_the_stated_share():
+    model = build(Config(width=32, depth=1, heads=2, num_classes=5, condition_dropout=1.0, dropout=0.0), SPEC)
     tokens = Tokens(random_ids(), SPEC)
     reports = [model.loss(tokens, ClassCondition(torch.full((3,), c)), torch.Generator()).total for c in (0, 4)]
     assert torch.equal(*reports)

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vistok.errors import UserError
 from vistok.flow.guidance import guide
 from vistok.interfaces import SampleOptions
+from vistok.tokens import Ordered1D, TokenSpec
 
-Picker = Callable[[Float[Tensor, "B2 V"], Float[Tensor, " B"]], Int[Tensor, " B"]]
-"""Turns the logits of a (possibly guided) batch and one uniform draw for each sample into ids."""
+
+def num_positions(spec: TokenSpec, wanted: int | None) -> int:
+    """Positions to generate: ``wanted``, or all.
+
+    Raises:
+        UserError: for a prefix of a layout that has none, or of no legal length.
+    """
+    total = spec.num_positions
+    if wanted is None:
+        return total
+    if not isinstance(spec.layout, Ordered1D) and wanted != total:
+        raise UserError(f"only ordered codes have prefixes: {spec.layout} needs all {total} tokens")
+    if not 1 <= wanted <= total:
+        raise UserError(f"num_tokens must lie in 1..{total}, got {wanted}")
+    return wanted
 
 
 def filter_logits(logits: Float[Tensor, "B V"], top_k: int, top_p: float) -> Float[Tensor, "B V"]:
@@ -49,14 +64,24 @@ def draw(
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
-def picker(options: SampleOptions, position: int) -> Picker:
-    """Guidance, filter and draw of ``options`` at ``position``; guided batches hold the conditional rows, then the null
-    rows."""
-    scale = options.scale_at(position)
+@dataclass(frozen=True)
+class Picker:
+    """Turns predictions of a batch into codes; a guided batch holds the conditional rows, then as many null rows.
 
-    def pick(logits: Float[Tensor, "B2 V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
-        conditional, *null = logits.float().split(len(uniform))
-        logits = conditional if scale == 1 else guide(conditional, null[0], scale)
-        return draw(logits, uniform, options.temperature, options.top_k, options.top_p)
+    Args:
+        options: filtering and temperature.
+        scale: of the guidance.
+    """
 
-    return pick
+    options: SampleOptions
+    scale: float
+
+    def guide(self, predictions: Float[Tensor, "B2 C"], rows: int) -> Float[Tensor, "B C"]:
+        """The ``rows`` guided predictions (features or logits), float32; without null rows, the conditional ones."""
+        conditional, *null = predictions.float().split(rows)
+        return guide(conditional, null[0], self.scale) if null and self.scale != 1 else conditional
+
+    def __call__(self, logits: Float[Tensor, "B2 V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
+        """One code for each uniform draw in [0, 1)."""
+        options = self.options
+        return draw(self.guide(logits, len(uniform)), uniform, options.temperature, options.top_k, options.top_p)

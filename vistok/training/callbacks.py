@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import lightning as L
@@ -29,11 +30,12 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from vistok.checkpoint import write_atomically
+from vistok.data.datamodule import Dataset
 from vistok.errors import UserError
 from vistok.eval.codebook import CodebookUsage
 from vistok.eval.reconstruction import picture_reconstruction
-from vistok.interfaces import NULL_CLASS, Generator, SampleOptions, Tokenizer
-from vistok.pictures import labelled_grid, rows_by_label, save_png
+from vistok.interfaces import NULL_CLASS, ClassCondition, Condition, Generator, SampleOptions, Tokenizer
+from vistok.pictures import labelled_grid, save_png
 from vistok.pipeline import prefix_lengths, sample_images
 from vistok.rng import seeded_generator
 from vistok.training.ema import Ema
@@ -198,11 +200,13 @@ class ProgressLine(L.Callback):
 class Pictures(L.Callback):
     """Draws to ``pictures/`` and TensorBoard: reconstructions of a tokenizer, samples of a generator.
 
+    The original of a cached latent is what the autoencoder makes of it.
+
     Args:
         folder: of the PNG files, ``update_00001000.png`` and so on.
         every: updates between two pictures.
         ema: averaged weights.
-        rows: images, or classes.
+        rows: images, classes, or captions.
     """
 
     def __init__(self, folder: Path, every: int, ema: Ema, rows: int = 10) -> None:
@@ -217,23 +221,41 @@ class Pictures(L.Callback):
         with evaluating(trainer, task, self.ema):
             if isinstance(task.net, Tokenizer):
                 rows = [data.val.get(index) for index in range(min(self.rows, len(data.val)))]
+                rows = [_with_image(row, task.net, task.device) for row in rows]
                 picture = picture_reconstruction(task.net, rows, prefix_lengths(task.net.spec))
             else:
                 assert task.tokenizer is not None
-                picture = samples(task.net, task.tokenizer.on(task.device), self.rows)
+                picture = samples(task.net, task.tokenizer.on(task.device), *asked_for(task, data.val, self.rows))
         save_png(picture, self.folder / f"update_{task.updates:08d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("pictures", np.asarray(picture), task.updates, dataformats="HWC")
 
 
-def samples(net: Generator, tokenizer: Tokenizer, classes: int, columns: int = 4, seed: int = 0) -> Image.Image:
-    """One row of unguided samples for each of the first classes (one row without a class if there are none)."""
-    class_ids = torch.arange(min(classes, net.num_classes)) if net.num_classes else torch.tensor([NULL_CLASS])
-    class_ids = class_ids.repeat_interleave(columns)
-    images = sample_images(net, tokenizer, class_ids, SampleOptions(), seed, len(class_ids))
-    labels = [str(label) if label != NULL_CLASS else "" for label in class_ids.tolist()]
-    return labelled_grid(*rows_by_label(images, labels, columns))
+def _with_image(sample: dict[str, Any], net: Tokenizer, device: torch.device) -> dict[str, Any]:
+    """A sample; if it has a latent, with what the autoencoder makes of that as its image."""
+    if "latent" not in sample:
+        return sample
+    return {**sample, "image": net.decode_latent(sample["latent"][None].to(device))[0].cpu()}
+
+
+def asked_for(task: LossTask, val: Dataset, rows: int) -> tuple[Condition, list[str]]:
+    """Conditions to draw and their labels: captions of the validation data, or the first classes (none if none)."""
+    if task.text_encoder is not None:
+        texts = [val.get(index)["text"] for index in range(min(rows, len(val)))]
+        return task.text_encoder.on(task.device).encode(texts), [shorten(text, 60) for text in texts]
+    assert isinstance(task.net, Generator)
+    class_ids = list(range(min(rows, task.net.num_classes))) or [NULL_CLASS]
+    return ClassCondition(torch.tensor(class_ids)), [str(label) if label != NULL_CLASS else "" for label in class_ids]
+
+
+def samples(
+    net: Generator, tokenizer: Tokenizer, condition: Condition, labels: list[str], columns: int = 4, seed: int = 0
+) -> Image.Image:
+    """One row of unguided samples for each row of ``condition``."""
+    repeated = torch.arange(len(labels)).repeat_interleave(columns)
+    images = sample_images(net, tokenizer, condition[repeated], SampleOptions(), seed, len(repeated))
+    return labelled_grid(images.unflatten(0, (len(labels), columns)), labels, [""] * columns)
 
 
 class Checkpoint(L.Callback):

@@ -30,13 +30,23 @@ from omegaconf import MISSING
 from torch import Tensor
 
 import vistok
-from vistok.checkpoint import WEIGHTS, export, export_hash, export_info, load_strictly, load_tokenizer, write_atomically
+from vistok.checkpoint import (
+    WEIGHTS,
+    export,
+    export_hash,
+    export_info,
+    load_strictly,
+    load_tokenizer,
+    seen_from,
+    write_atomically,
+)
 from vistok.cli import quiet_libraries
 from vistok.config import Component, build, component_config, parse_overrides, read_yaml, to_plain, to_yaml, typed
 from vistok.data.code_cache import CodeCache, check_tokenizer
 from vistok.data.datamodule import DataModule, Dataset
+from vistok.data.latent_cache import LatentCache, check_vae
 from vistok.errors import UserError, first_line
-from vistok.interfaces import Generator, Tokenizer
+from vistok.interfaces import Generator, TextEncoder, Tokenizer
 from vistok.rng import derive_seed
 from vistok.training.callbacks import (
     Checkpoint,
@@ -134,6 +144,7 @@ class RunConfig:
         output: the run's folder.
         tokenizer: ``{name, args}`` of the tokenizer to train, or the folder of a trained one under a generator.
         generator: ``{name, args}`` of the generator to train; null trains the tokenizer.
+        text_encoder: ``{name, args}`` of the frozen reader of captions under a generator conditioned on text.
         data: training data.
         optim: optimizer and schedule.
         ema: averaging.
@@ -148,6 +159,7 @@ class RunConfig:
     output: str = MISSING
     tokenizer: Any = MISSING
     generator: Component | None = None
+    text_encoder: Component | None = None
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -160,7 +172,7 @@ class RunConfig:
 
 RUN, LAST = "run.yaml", "last.ckpt"
 LENGTHS = ("max_updates", "max_images", "max_epochs")
-FIXED_ON_RESUME = ("tokenizer", "generator", "data", "optim", "ema", "seed")
+FIXED_ON_RESUME = ("tokenizer", "generator", "text_encoder", "data", "optim", "ema", "seed")
 """Parts of a config that a resumed run cannot change: they would silently not be what the weights were made with.
 
 The tokenizer under a generator is known by its hash instead: its folder may have moved.
@@ -170,10 +182,21 @@ The tokenizer under a generator is known by its hash instead: its folder may hav
 def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
     """The run in a YAML file with ``key=value`` overrides, all defaults of its components written out.
 
+    Arguments belong to a name: where an override names another component, those in the file are void.
+
     Raises:
         UserError: for an unknown key, a wrong type, a missing value or parts that do not go together.
     """
-    config = typed(RunConfig, read_yaml(path), str(path), parse_overrides(overrides))
+    written, given = read_yaml(path), parse_overrides(overrides)
+    for key, part in given.items():
+        replaced = written.get(key)
+        if (
+            isinstance(part, dict)
+            and isinstance(replaced, dict)
+            and part.get("name") not in (None, replaced.get("name"))
+        ):
+            replaced.pop("args", None)
+    config = typed(RunConfig, written, str(path), given)
     if config.generator is None:
         if not isinstance(config.tokenizer, dict):
             raise UserError(f"{path}: tokenizer must be {{name, args}} to train one, got {config.tokenizer!r}")
@@ -185,6 +208,8 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
                 f"{path}: a generator is trained on an exported tokenizer: give its folder, tokenizer=runs/..."
             )
         config.generator = _resolved("generators", config.generator, path)
+    if config.text_encoder is not None:
+        config.text_encoder = _resolved("text_encoders", config.text_encoder, path)
     config.data.args = _resolved("data", Component(config.data.name, config.data.args), path).args
     _check_ranges(config, path)
     return config
@@ -203,8 +228,9 @@ def train(config: RunConfig) -> None:
     state = None if start is None else read_checkpoint(start, mmap=True)
     torch.manual_seed(derive_seed("init", config.seed))
     net, tokenizer = _build_models(config)
+    text_encoder = _build_text_encoder(config, net)
     tokenizer_hash = None if tokenizer is None else export_hash(config.tokenizer)
-    train_data, val_data = _build_data(config, net, tokenizer_hash)
+    train_data, val_data = _build_data(config, net, tokenizer, tokenizer_hash)
     if state:
         _check_checkpoint(start, state, net, tokenizer_hash)
     write_export = _exporter(config, net, train_data, tokenizer_hash)
@@ -222,7 +248,7 @@ def train(config: RunConfig) -> None:
             _finish(config, state, net, write_export)
         return
 
-    task = LossTask(net, config.optim, max_updates, config.seed, tokenizer, tokenizer_hash)
+    task = LossTask(net, config.optim, max_updates, config.seed, tokenizer, tokenizer_hash, text_encoder)
     data = DataModule(
         train_data, val_data, config.data.batch_size, config.data.workers, config.seed, consumed=lambda: task.images
     )
@@ -249,11 +275,39 @@ def _build_models(config: RunConfig) -> tuple[Tokenizer | Generator, Tokenizer |
     return build("generators", config.generator, tokenizer.spec), tokenizer
 
 
-def _build_data(config: RunConfig, net: Tokenizer | Generator, tokenizer_hash: str | None) -> tuple[Dataset, Dataset]:
+def _build_text_encoder(config: RunConfig, net: Tokenizer | Generator) -> TextEncoder | None:
+    """The frozen reader of captions, if ``net`` is conditioned on text.
+
+    Raises:
+        UserError: if it is missing, useless, or its states do not fit the net.
+    """
+    width = net.text_width if isinstance(net, Generator) else 0
+    if config.text_encoder is None:
+        if width:
+            raise UserError(
+                "this generator is conditioned on text: say what reads the captions, "
+                "text_encoder.name=NAME text_encoder.args.path=FOLDER"
+            )
+        return None
+    if not width:
+        raise UserError("text_encoder is for a generator conditioned on text, and this run trains none: leave it out")
+    text_encoder: TextEncoder = build("text_encoders", config.text_encoder)
+    if text_encoder.width != width:
+        raise UserError(
+            f"the text encoder's states have {text_encoder.width} channels but the generator reads {width}: "
+            f"set generator.args.text_width={text_encoder.width}"
+        )
+    return text_encoder
+
+
+def _build_data(
+    config: RunConfig, net: Tokenizer | Generator, tokenizer: Tokenizer | None, tokenizer_hash: str | None
+) -> tuple[Dataset, Dataset]:
     """Training and validation data at the size of the net's images.
 
     Raises:
-        UserError: if the generator knows fewer classes than the data has, or cached codes are of another tokenizer.
+        UserError: if the generator knows fewer classes than the data has or is conditioned on text that the data lacks,
+            or cached codes are of another tokenizer or cached latents of another VAE.
     """
     component = Component(config.data.name, config.data.args)
     train_data, val_data = (build("data", component, split, net.spec.image_size_px) for split in ("train", "val"))
@@ -261,12 +315,22 @@ def _build_data(config: RunConfig, net: Tokenizer | Generator, tokenizer_hash: s
         if tokenizer_hash is None:
             raise UserError(f"data: a tokenizer is trained on images, {config.data.name} holds codes")
         check_tokenizer(train_data, tokenizer_hash)
+    reader = net if isinstance(net, Tokenizer) else tokenizer
+    if isinstance(train_data, LatentCache) and reader is not None:
+        check_vae(train_data, reader)
     if isinstance(net, Generator) and 0 < net.num_classes < train_data.num_classes:
         raise UserError(
             f"the data has {train_data.num_classes} classes but the generator {net.num_classes}: "
             f"set generator.args.num_classes={train_data.num_classes}"
         )
+    if isinstance(net, Generator) and net.text_width and not _has_captions(train_data):
+        raise UserError(f"data: {config.data.name} has no captions, and this generator is conditioned on text")
     return train_data, val_data
+
+
+def _has_captions(data: Dataset) -> bool:
+    """Whether any of the first samples has one."""
+    return any(data.get(index)["text"] for index in range(min(len(data), 16)))
 
 
 def _exporter(
@@ -274,15 +338,19 @@ def _exporter(
 ) -> Callable[[dict[str, Tensor], dict[str, float]], None]:
     """Writes given weights, and the progress that made them, as the run's export."""
     component, kind = config.generator or Component(**config.tokenizer), "tokenizer"
-    helpers = net.frozen_helpers if isinstance(net, Tokenizer) else None
+    helpers, dropped = (net.frozen_helpers, net.training_only) if isinstance(net, Tokenizer) else (None, ())
+    component = Component(component.name, {key: value for key, value in component.args.items() if key not in dropped})
     details: dict[str, Any] = {"weights": "ema", "ema_decay": config.ema.decay, "data": data.description}
     if config.generator is not None:
         kind = "generator"
         details["tokenizer"] = os.path.relpath(config.tokenizer, config.output)
         details["tokenizer_hash"] = tokenizer_hash
         details["num_classes"], details["class_names"] = net.num_classes, data.class_names
+    if config.text_encoder is not None:
+        details["text_encoder"] = to_plain(seen_from(config.output, config.text_encoder))
 
     def write(weights: dict[str, Tensor], progress: dict[str, float]) -> None:
+        weights = {key: value for key, value in weights.items() if key.split(".")[0] not in dropped}
         export(config.output, kind, component, net.spec, weights, {**progress, **details}, helpers)
 
     return write

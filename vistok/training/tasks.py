@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from vistok.errors import UserError
-from vistok.interfaces import ClassCondition, Generator, LossReport, Tokenizer
+from vistok.interfaces import ClassCondition, Condition, Generator, LossReport, TextEncoder, Tokenizer
 from vistok.nn.frozen import Frozen
 from vistok.rng import derive_seed, seeded_generator
 from vistok.tokens import Tokens
@@ -36,6 +36,7 @@ class LossTask(L.LightningModule):
         seed: seed of the run.
         tokenizer: frozen tokenizer that makes the tokens of a generator.
         tokenizer_hash: of its export; the checkpoint remembers it.
+        text_encoder: frozen reader of the captions of a generator conditioned on text.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class LossTask(L.LightningModule):
         seed: int = 0,
         tokenizer: Tokenizer | None = None,
         tokenizer_hash: str | None = None,
+        text_encoder: TextEncoder | None = None,
     ) -> None:
         super().__init__()
         self.net = net
         self.tokenizer_hash = tokenizer_hash
         self.tokenizer = None if tokenizer is None else Frozen(tokenizer)
+        self.text_encoder = None if text_encoder is None else Frozen(text_encoder)
         self.optim, self.max_updates, self.seed = optim, max_updates, seed
         self.updates = self.images = 0
         self.updated = False  # whether the micro-batch that just ended completed an update
@@ -70,17 +73,23 @@ class LossTask(L.LightningModule):
     def objective(self, batch: dict[str, Any], rng: torch.Generator) -> LossReport:
         """The net's loss of one batch."""
         if self.tokenizer is None:
-            return self.net(batch["image"], rng)
-        condition = ClassCondition(batch["label"])
-        return self.net(self.tokens(batch), condition if self.net.num_classes else condition.null(), rng)
+            return self.net(_images(batch), rng)
+        return self.net(self.tokens(batch), self.condition(batch), rng)
+
+    def condition(self, batch: dict[str, Any]) -> Condition:
+        """What a generator is conditioned on: the captions of a batch, its classes, or nothing."""
+        if self.text_encoder is not None:
+            return self.text_encoder.on(self.device).encode(batch["text"])
+        classes = ClassCondition(batch["label"])
+        return classes if self.net.num_classes else classes.null()
 
     def tokens(self, batch: dict[str, Any]) -> Tokens:
-        """The tokens of a batch: cached ones, or what the tokenizer makes of its images."""
+        """The tokens of a batch: cached ones, or what the tokenizer makes of its images or latents."""
         if "ids" in batch:
             return Tokens(batch["ids"], self.net.spec)
         assert self.tokenizer is not None
         with torch.no_grad(), self.tokenizer.exact(self.device):
-            return self.tokenizer.on(self.device).tokenize(batch["image"])
+            return self.tokenizer.on(self.device).tokenize(_images(batch))
 
     # ------------------------------------------------------------------ Lightning's hooks
 
@@ -150,6 +159,11 @@ class LossTask(L.LightningModule):
                     f"{name} is {value} at update {self.updates + 1}: stopped before the weights changed, the last "
                     "checkpoint is sound (try a lower optim.lr, more optim.warmup_updates or trainer.precision=32-true)"
                 )
+
+
+def _images(batch: dict[str, Any]) -> Tensor:
+    """The images of a batch, or the latents that a cache has in their place."""
+    return batch["latent"] if "latent" in batch else batch["image"]
 
 
 def _detached(report: LossReport) -> LossReport:

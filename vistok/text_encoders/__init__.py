@@ -1,0 +1,1 @@
+"""Frozen text encoders: captions and prompts -> the states that a generator is conditioned on."""
