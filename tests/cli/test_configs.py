@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from tiny_models.args import TINY_ARGS
+from tiny_models.exports import export_tokenbridge
 from tiny_models.runs import ROOT, read_state
+from tiny_models.text import save_t5
 from vistok.checkpoint import export_info, load_generator, load_tokenizer
 from vistok.config import Component
 from vistok.training.run import DataConfig, LogConfig, RunConfig, load_config, train
@@ -39,19 +41,27 @@ def shrunk(config: RunConfig, output: Path) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A tiny trained tokenizer for the generators' configs."""
+def tokenizers(tmp_path_factory):
+    """Tiny tokenizers for the generators' configs: a trained FlexTok, and for those named so a TokenBridge."""
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "run.yaml").write_text(
         "tokenizer: {name: flextok}\ndata: {name: digits}\ntrainer: {max_updates: 2}\noutput: x"
     )
     train(shrunk(load_config(folder / "run.yaml", []), folder / "out"))
-    return folder / "out"
+    return {"flextok": folder / "out", "tokenbridge": export_tokenbridge(folder / "tokenbridge")}
 
 
-def load(path: Path, tokenizer: Path) -> RunConfig:
-    is_generator = any(line.startswith("generator:") for line in path.read_text().splitlines())
-    return load_config(path, [f"tokenizer={tokenizer}"] if is_generator else [])
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """A tiny text encoder for the configs that name one."""
+    return save_t5(tmp_path_factory.mktemp("text") / "t5")
+
+
+def load(path: Path, tokenizers: dict[str, Path], t5: Path) -> RunConfig:
+    tokenizer = tokenizers["tokenbridge" if "tokenbridge" in path.stem else "flextok"]
+    keys = {line.split(":")[0] for line in path.read_text().splitlines()}
+    folders = {"generator": f"tokenizer={tokenizer}", "text_encoder": f"text_encoder.args.path={t5}"}
+    return load_config(path, [override for key, override in folders.items() if key in keys])
 
 
 def test_configs_are_shipped():
@@ -59,8 +69,8 @@ def test_configs_are_shipped():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_config_trains_two_tiny_steps(path, tmp_path, tokenizer):
-    config = load(path, tokenizer)
+def test_config_trains_two_tiny_steps(path, tmp_path, tokenizers, t5):
+    config = load(path, tokenizers, t5)
     train(shrunk(config, tmp_path / "run"))
     assert read_state(tmp_path / "run")["updates"] == 2
     assert list((tmp_path / "run" / "pictures").glob("*.png"))

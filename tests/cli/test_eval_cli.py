@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tiny_models.exports import export_tokenizer
 from vistok.checkpoint import export, export_hash
 from vistok.cli import main
 from vistok.config import Component, build
@@ -100,10 +101,11 @@ def test_reconstruction_generation_compare_and_report(runs, evaluate):
     Image.open(runs / "tokenizer" / "eval" / "reconstruction.png").verify()
 
     words = ("generation", "--checkpoint", runs / "generator", "--data", "digits", "--count", 20, "--seed", 1)
-    code, out, err = evaluate(*words, "--cfg-scale", 1.5, "--top-k", 8, "--num-tokens", 2, "--batch-size", 8)
+    code, out, err = evaluate(*words, "--cfg-scale", 1.5, "--top-k", 8, "--tokens", "2,1", "--batch-size", 8)
     assert code == 0, err
     generation = json.loads((runs / "generator" / "eval" / "generation.json").read_text())
-    assert set(generation["metrics"]["samples"]) == {
+    assert list(generation["metrics"]["tokens"]) == ["1", "2"]
+    assert set(generation["metrics"]["tokens"]["1"]) == {
         "gFID (digits-cnn features)",
         "precision (digits-cnn features)",
         "recall (digits-cnn features)",
@@ -111,11 +113,13 @@ def test_reconstruction_generation_compare_and_report(runs, evaluate):
         "copies_share",
     }
     assert generation["metrics"]["counts"] == {"samples": 20, "held_out": 297, "reference": 1500}
-    assert "samples (N=20)" in out
-    wanted = {"cfg_scale": 1.5, "temperature": 1.0, "top_k": 8, "top_p": 1.0, "num_tokens": 2}
-    assert generation["protocol"]["settings"]["sampling"].items() >= wanted.items()
+    assert "N=20" in out
+    assert generation["protocol"]["settings"]["tokens"] == [1, 2]
+    wanted = {"cfg_scale": 1.5, "temperature": 1.0, "top_k": 8, "top_p": 1.0, "guided_tokens": None}
+    assert generation["protocol"]["settings"]["sampling"] == wanted
     samples = np.load(runs / "generator" / "eval" / "samples.npz")["arr_0"]
     assert (samples.shape, samples.dtype) == ((20, 16, 16, 3), np.uint8)
+    Image.open(runs / "generator" / "eval" / "generation_by_tokens.png").verify()
 
     same = (runs / "tokenizer" / "eval" / "reconstruction.json", runs / "generator" / "eval" / "generation.json")
     refused(evaluate("compare", *same), "different protocols", "--force", "task:")
@@ -126,8 +130,48 @@ def test_reconstruction_generation_compare_and_report(runs, evaluate):
     code, out, err = evaluate("report", "--run", runs)
     assert code == 0, err
     report = (runs / "report.md").read_text()
-    for part in (result["fingerprint"], "## Generation", "tokenizer/eval/reconstruction.png", "--cfg-scale 1.5"):
+    for part in (
+        result["fingerprint"],
+        "## Generation of 20 images",
+        "tokenizer/eval/reconstruction.png",
+        "tokenizer/eval/reconstruction_by_tokens.png",
+        "generator/eval/generation_by_tokens.png",
+        "--cfg-scale 1.5",
+    ):
         assert part in report
+
+
+def test_generation_from_each_number_of_tokens(runs, evaluate, tmp_path):
+    """One command gives, for each count, the row and the samples that a command for this count alone gives."""
+    words = ("generation", "--checkpoint", runs / "generator", "--data", "digits", "--count", 12, "--no-copies")
+    results = {}
+    for tokens in ("1,3,4", "3"):
+        code, out, err = evaluate(*words, "--tokens", tokens, "--out", tmp_path / tokens)
+        assert code == 0, err
+        results[tokens] = json.loads((tmp_path / tokens / "generation.json").read_text())["metrics"]
+        assert "real held-out" in out
+    assert list(results["1,3,4"]["tokens"]) == ["1", "3", "4"]
+    assert results["1,3,4"]["tokens"]["3"] == pytest.approx(results["3"]["tokens"]["3"], rel=1e-6)
+    assert results["1,3,4"]["tokens"]["1"] != results["1,3,4"]["tokens"]["4"]
+    assert not (tmp_path / "3" / "generation_by_tokens.png").exists()
+    code, _, err = evaluate(*words, "--out", tmp_path / "all")
+    assert code == 0, err
+    assert list(json.loads((tmp_path / "all/generation.json").read_text())["metrics"]["tokens"]) == ["4"]
+    whole, longest = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("all", "1,3,4"))
+    assert np.array_equal(whole, longest)
+
+
+def test_shapes_check_their_reconstructions(evaluate, tmp_path):
+    export_tokenizer(tmp_path / "tokenizer", image_size=32, patch_size=8)
+    words = ("reconstruction", "--checkpoint", tmp_path / "tokenizer", "--data", "shapes", "--out", tmp_path / "out")
+    code, out, err = evaluate(*words, "--count", 12, "--tokens", "1,8")
+    assert code == 0, err
+    assert "main_color" in out
+    result = json.loads((tmp_path / "out/reconstruction.json").read_text())
+    for row in result["metrics"]["tokens"].values():
+        figures = {name: row[name] for name in ("main_color", "colors", "positions", "shapes", "sizes", "count")}
+        assert all(0 <= value <= 1 for value in figures.values())
+        assert figures.keys() <= result["protocol"]["definitions"].keys()
 
 
 def test_the_same_command_gives_the_same_numbers(runs, evaluate, tmp_path):
@@ -138,7 +182,7 @@ def test_the_same_command_gives_the_same_numbers(runs, evaluate, tmp_path):
         assert code == 0, err
         results.append(json.loads((tmp_path / str(batch_size) / "generation.json").read_text()))
     assert results[0]["fingerprint"] == results[1]["fingerprint"]
-    assert results[0]["metrics"]["samples"] == pytest.approx(results[1]["metrics"]["samples"], rel=1e-6)
+    assert results[0]["metrics"]["tokens"]["4"] == pytest.approx(results[1]["metrics"]["tokens"]["4"], rel=1e-6)
 
 
 def test_bad_input_is_one_line(runs, evaluate, tmp_path):
@@ -158,7 +202,8 @@ def test_bad_input_is_one_line(runs, evaluate, tmp_path):
     refused(evaluate(*words, "--decode", "steps=fast"), "--decode: steps must be of type int")
     refused(evaluate(*words, "--data-args", "on_error=skip"), "--data-args", "'on_error'")
     refused(evaluate(*words, "--features", "none"), "no feature network 'none'")
-    refused(evaluate(*words, "--num-tokens", "5"), "5")
+    refused(evaluate(*words, "--tokens", "1,5"), "--tokens: 5 is outside 1..4")
+    refused(evaluate(*words, "--tokens", "0"), "--tokens: 0 is outside 1..4")
     refused(evaluate(*words, "--tokenizer", tmp_path / "none"), "none")
     assert not (tmp_path / "out").exists()
 
@@ -179,10 +224,13 @@ def test_all_images_of_a_folder_are_reconstructed(runs, evaluate, tmp_path):
     def measured(*words):
         code, _, err = evaluate(*base, "--tokens", 1, "--workers", 1, "--out", tmp_path / "out", *words)
         assert code == 0, err
-        return json.loads((tmp_path / "out/reconstruction.json").read_text())["metrics"]["counts"]["images"]
+        result = json.loads((tmp_path / "out/reconstruction.json").read_text())
+        return result["metrics"]["counts"]["images"], result["protocol"]["split"]
 
-    assert measured() == measured("--split", "train") == 12
-    assert 0 < measured("--data-args", "val_fraction=0.5") < 12
+    assert measured() == measured("--split", "train") == (12, "all")
+    count, split = measured("--data-args", "val_fraction=0.5")
+    assert 0 < count < 12
+    assert split == "val"
     (tmp_path / "in/1/3.png").write_bytes(b"broken")
     refused(evaluate(*base, "--out", tmp_path / "out"), "3.png", "set --data-args on_error=skip")
     with pytest.warns(UserWarning, match="skipped 1 unreadable"):

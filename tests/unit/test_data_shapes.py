@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,6 +40,86 @@ def test_the_detector_bears_noise_and_blur():
         noise = 0.1 * torch.randn(image.shape, generator=torch.Generator().manual_seed(index))
         assert kinds(detect((image + noise).clamp(-1, 1))) == want
         assert kinds(detect(gaussian_blur(image, 5, 1.0))) == want
+
+
+def mean_agreement(world, change, count=60):
+    rows = [world.agreement(index, change(world.scene(index), world.get(index)["image"])) for index in range(count)]
+    return {name: sum(row[name] for row in rows) / count for name in rows[0]}
+
+
+def test_agreement_of_true_images_is_whole():
+    world = make("val", 64)
+    figures = mean_agreement(world, lambda scene, image: image, count=300)
+    assert figures == dict.fromkeys(["main_color", "colors", "positions", "shapes", "sizes", "count"], 1.0)
+    assert world.agreement_definitions.keys() == figures.keys()
+    noise = torch.Generator().manual_seed(0)
+    noisy = mean_agreement(world, lambda scene, image: image + 0.1 * torch.randn(image.shape, generator=noise))
+    assert min(noisy.values()) > 0.99
+
+
+@pytest.mark.parametrize("sigma_px", [2.0, 3.0, 4.0])
+def test_blur_hides_shapes_but_not_colors(sigma_px):
+    blurred = mean_agreement(make("val", 64), lambda scene, image: gaussian_blur(image, 25, sigma_px))
+    assert {blurred[name] for name in ("main_color", "colors", "positions")} == {1.0}
+    assert blurred["shapes"] < 1.0 if sigma_px == 2 else blurred["shapes"] < 0.6
+
+
+def redrawn(**changes):
+    """A scene with every object changed, drawn again."""
+
+    def change(scene, image):
+        objects = tuple(
+            replace(thing, **{name: new(thing) for name, new in changes.items()}) for thing in scene.objects
+        )
+        return render(replace(scene, objects=objects), image.shape[-1])
+
+    return change
+
+
+def test_agreement_sees_each_attribute_alone():
+    world, colors = make("val", 64), list(COLORS)
+    others = {"main_color", "colors", "positions", "shapes", "sizes", "count"}
+
+    def cycle(names, value, by=1):
+        return names[(names.index(value) + by) % len(names)]
+
+    # Two objects may swap colours, not places.
+    for change, wrong in (
+        (redrawn(color=lambda thing: cycle(colors, thing.color)), {"colors", "main_color"}),
+        (redrawn(shape=lambda thing: cycle(SHAPES, thing.shape)), {"shapes"}),
+        (redrawn(size=lambda thing: "small"), {"sizes"}),
+    ):
+        figures = mean_agreement(world, change)
+        assert {name for name in others if figures[name] < 0.9} == wrong, figures
+    recolored = mean_agreement(world, redrawn(color=lambda thing: cycle(colors, thing.color)))
+    assert recolored["colors"] == 0.0
+    assert recolored["main_color"] < 0.1
+
+
+def test_agreement_looks_at_the_place_and_the_number():
+    things = (circle(0.3, 0.3, size="large"), square(0.7, 0.7, color="green"))
+    scene = shapes.Scene(things, 0.1, "")
+
+    def shown(*objects):
+        return shapes.agreement(scene, render(shapes.Scene(objects, 0.1, ""), 64))
+
+    assert set(shown(*things).values()) == {1.0}
+    assert shown(things[0])["count"] == 0.0
+    assert shown(things[0])["colors"] == shown(things[0])["shapes"] == 0.5
+    assert shown(things[1])["main_color"] == 0.0
+    moved = shown(replace(things[0], x=0.36), things[1])
+    assert (moved["positions"], moved["colors"], moved["main_color"]) == (0.5, 1.0, 1.0)
+    away = shown(replace(things[0], x=0.7), things[1])
+    assert (away["positions"], away["colors"], away["shapes"], away["main_color"]) == (0.5, 0.5, 0.5, 1.0)
+    assert set(shapes.agreement(scene, torch.zeros(3, 64, 64)).values()) == {0.0}
+
+
+def test_any_of_the_largest_objects_is_the_main_one():
+    things = (circle(0.3, 0.3, size="large"), square(0.7, 0.7, color="green", size="large"))
+    scene = shapes.Scene(things, 0.1, "")
+    for thing in things:
+        image = render(shapes.Scene((thing,), 0.1, ""), 64)
+        assert shapes.agreement(scene, image)["main_color"] == 1.0
 
 
 def test_the_detector_finds_nothing_where_nothing_is():

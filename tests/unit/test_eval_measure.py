@@ -9,17 +9,26 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vistok.data.datamodule import load_data
+from tiny_models.models import make_generator, make_tokenizer
+from vistok.data.datamodule import CheckableDataset, load_data
 from vistok.errors import UserError
+from vistok.eval.curves import plot_by_tokens
 from vistok.eval.features import load_features
-from vistok.eval.generation import balanced_classes, measure_generation, side_by_side
+from vistok.eval.generation import balanced_classes, measure_generation
 from vistok.eval.images import image_batches
-from vistok.eval.protocol import EvalProtocol, save_result
+from vistok.eval.protocol import EvalProtocol, save_result, table_by_tokens
 from vistok.eval.reconstruction import measure_reconstruction, picture_reconstruction
 from vistok.eval.report import read_losses, write_report
-from vistok.interfaces import NULL_CLASS, Generator, SampleOptions, Tokenizer
+from vistok.interfaces import NULL_CLASS, ClassCondition, Generator, SampleOptions, Tokenizer
 from vistok.pictures import labelled_grid, prefix_grid, rows_by_label, save_images, to_uint8
-from vistok.pipeline import decode_prefixes, prefix_lengths, read_decode_options, sample_images, tokenize_images
+from vistok.pipeline import (
+    decode_prefixes,
+    prefix_lengths,
+    read_decode_options,
+    sample_images,
+    sample_tokens,
+    tokenize_images,
+)
 from vistok.tokens import Grid2D, Ordered1D, Tokens, TokenSpec
 
 
@@ -135,7 +144,7 @@ def test_reconstruction_without_prefixes_or_features():
 
 def test_samples_depend_on_the_seed_and_their_number_alone():
     models = (Prototypes(), Blocks())
-    classes = balanced_classes(10, 10)
+    classes = ClassCondition(balanced_classes(10, 10))
     whole = sample_images(*models, classes, SampleOptions(), seed=3, batch_size=10, decode_options={"noise": 0.1})
     split = sample_images(*models, classes, SampleOptions(), seed=3, batch_size=3, decode_options={"noise": 0.1})
     other = sample_images(*models, classes, SampleOptions(), seed=4, batch_size=10, decode_options={"noise": 0.1})
@@ -156,7 +165,8 @@ def test_decoder_noise_is_the_same_for_every_prefix():
 
 def generation_metrics(samples, class_ids, **options):
     train, val = load_data("digits", "train", 16), load_data("digits", "val", 16)
-    return measure_generation(samples, class_ids, train, val, load_features("digits"), **options)
+    sets = samples if isinstance(samples, list) else [(16, samples)]
+    return measure_generation(sets, class_ids, train, val, load_features("digits"), **options)
 
 
 def test_generation_of_memorised_images():
@@ -165,7 +175,7 @@ def test_generation_of_memorised_images():
     metrics = generation_metrics(
         to_uint8(digits("train", 100)), torch.tensor([dataset.get(index)["label"] for index in range(100)])
     )
-    samples, real = metrics["samples"], metrics["held_out"]
+    samples, real = metrics["tokens"]["16"], metrics["held_out"]
     assert samples["copies_share"] == 1.0
     assert real["copies_share"] == 0.01
     assert samples["class_accuracy"] > 0.99
@@ -180,23 +190,25 @@ def test_generation_of_memorised_images():
 def test_generation_of_noise_and_of_one_image():
     classes = balanced_classes(100, 10)
     noise = torch.randint(0, 256, (100, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    bad = generation_metrics(noise, classes)["samples"]
-    assert bad["precision (digits-cnn features)"] < 0.1
+    metrics = generation_metrics(noise, classes)
+    bad, real = metrics["tokens"]["16"], metrics["held_out"]
+    assert bad["gFID (digits-cnn features)"] > 10 * real["gFID (digits-cnn features)"]
+    assert bad["recall (digits-cnn features)"] == 0
     assert bad["copies_share"] == 0.0
     assert bad["class_accuracy"] < 0.3
     one = to_uint8(digits("val", 1)).expand(100, -1, -1, -1)
-    collapsed = generation_metrics(one, classes)["samples"]
+    collapsed = generation_metrics(one, classes)["tokens"]["16"]
     assert collapsed["recall (digits-cnn features)"] < 0.05
     assert collapsed["class_accuracy"] == 0.1
 
 
 def test_generation_without_classes_has_no_accuracy():
     metrics = generation_metrics(to_uint8(digits("val", 8)), balanced_classes(8, 0))
-    assert "class_accuracy" not in metrics["samples"]
-    columns, rows = side_by_side(metrics)
-    assert columns == ["metric", "samples (N=8)", "real held-out images (N=297)"]
-    assert [name for name, *_ in rows] == list(metrics["samples"])
-    assert [float(real) for _, _, real in rows] == pytest.approx(list(metrics["held_out"].values()), rel=1e-3)
+    assert "class_accuracy" not in metrics["tokens"]["16"]
+    columns, rows = table_by_tokens(metrics)
+    assert columns == ["tokens", *metrics["tokens"]["16"]]
+    assert [name for name, *_ in rows] == ["16", "real held-out images (N=297)"]
+    assert [float(value) for value in rows[1][1:]] == pytest.approx(list(metrics["held_out"].values()), rel=1e-3)
     with pytest.raises(UserError, match="more than 3 images"):
         generation_metrics(to_uint8(digits("val", 3)), balanced_classes(3, 10))
 
@@ -205,7 +217,100 @@ def test_counting_copies_can_be_skipped():
     samples, classes = to_uint8(digits("val", 8)), balanced_classes(8, 10)
     full, quick = (generation_metrics(samples, classes, copies=copies) for copies in (True, False))
     assert "copies_threshold_l2" not in quick
-    assert full["samples"].items() - quick["samples"].items() == {("copies_share", full["samples"]["copies_share"])}
+    full, quick = full["tokens"]["16"], quick["tokens"]["16"]
+    assert full.items() - quick.items() == {("copies_share", full["copies_share"])}
+
+
+def test_generation_from_several_numbers_of_tokens():
+    """Each row is what its set has alone, and sets are read one at a time where they need not be kept."""
+    classes = balanced_classes(60, 10)
+    noise = torch.randint(0, 256, (60, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    sets = [(1, noise), (16, to_uint8(digits("train", 60)))]
+    together = generation_metrics(sets, classes)
+    assert list(together["tokens"]) == ["1", "16"]
+    for length, images in sets:
+        alone = generation_metrics([(length, images)], classes)
+        assert together["tokens"][str(length)] == alone["tokens"][str(length)]
+        assert together["held_out"] == alone["held_out"]
+    assert [row["copies_share"] for row in together["tokens"].values()] == [0.0, 1.0]
+
+    events = []
+    lazily = (events.append(length) or (length, images) for length, images in sets)
+    train, val, network = load_data("digits", "train", 16), load_data("digits", "val", 16), load_features("digits")
+    rows = measure_generation(lazily, classes, train, val, network, copies=False, progress=events.append)["tokens"]
+    assert events[-2:] == [1, 16]
+    assert rows["1"].items() < together["tokens"]["1"].items()
+
+
+def test_a_shorter_sample_is_a_prefix_of_a_longer_one():
+    tokenizer = make_tokenizer("flextok")
+    generator = make_generator("gpt", tokenizer.spec)
+    condition = ClassCondition(balanced_classes(6, 10))
+
+    def sample(**options):
+        options = SampleOptions(cfg_scale=2.0, guided_tokens=3, top_p=0.9, **options)
+        return sample_tokens(generator, condition, options, seed=5, batch_size=4)
+
+    whole = sample()
+    assert len(whole.ids.unique(dim=0)) == 6
+    for count in range(1, 9):
+        assert torch.equal(sample(num_tokens=count).ids, whole.prefix(count).ids)
+    options = SampleOptions(num_tokens=2)
+    images = sample_images(generator, tokenizer, condition, options, seed=5, batch_size=4)
+    tokens = sample_tokens(generator, condition, SampleOptions(), seed=5, batch_size=6)
+    assert torch.equal(images, decode_prefixes(tokenizer, tokens, [2], seed=5, batch_size=4)[2])
+
+
+class Black:
+    """Black images that can tell whether a picture of them has turned red."""
+
+    def __init__(self):
+        self.num_classes, self.class_names, self.description = 0, [], {"name": "black", "split": "val"}
+        self.agreement_definitions = {"red": "red images", "index": "their number"}
+
+    def __len__(self):
+        return 7
+
+    def get(self, index, rng=None):
+        return {"image": torch.full((3, 16, 16), -1.0), "label": -1, "text": "", "key": str(index)}
+
+    def agreement(self, index, image):
+        assert image.min() >= -1
+        assert image.max() <= 1
+        return {"red": float(image[0].mean() > 0), "index": float(index)}
+
+
+def test_a_data_set_may_check_its_reconstructions():
+    class Reddening(Blocks):
+        def decode(self, tokens, rng=None, **options):
+            images = super().decode(tokens, rng, **options)
+            images[:, 0] = 1.0 if tokens.ids.shape[1] > 8 else -1.0
+            return images
+
+    dataset = Black()
+    assert isinstance(dataset, CheckableDataset)
+    assert not isinstance(load_data("digits", "val", 16), CheckableDataset)
+    metrics = measure_reconstruction(
+        Reddening(), image_batches(dataset, 3), None, [4, 16], agreement=dataset.agreement
+    )["tokens"]
+    assert {name: metrics["4"][name] for name in ("red", "index")} == {"red": 0.0, "index": 3.0}
+    assert {name: metrics["16"][name] for name in ("red", "index")} == {"red": 1.0, "index": 3.0}
+
+
+def test_curves_have_a_panel_for_each_metric(tmp_path):
+    tokens = {str(2**n): {"psnr_db": 10.0 + n, "ssim": n / 5, "colors": 1.0, "count": 0.5} for n in range(5)}
+    figures = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vistok.eval.curves._save", lambda figure, path: figures.append(figure))
+        plot_by_tokens(tokens, tmp_path / "curves.png", real=dict.fromkeys(tokens["1"], 0.7))
+    (figure,) = figures
+    assert [axes.get_title() for axes in figure.axes] == list(tokens["1"])
+    measured, real = figure.axes[0].lines
+    assert measured.get_xydata().tolist() == [[1, 10], [2, 11], [4, 12], [8, 13], [16, 14]]
+    assert set(real.get_ydata()) == {0.7}
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["1", "2", "4", "8", "16"]
+    plot_by_tokens(tokens, tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").width > 1000
 
 
 def test_balanced_classes_are_interleaved():
@@ -338,11 +443,14 @@ def test_report_begins_with_the_headlines(tmp_path):
         write_report(tmp_path)
     save_result(tmp_path / "reconstruction.json", protocol, {**metrics, "counts": {"images": 40}}, {"seconds": 3.4})
     metrics = {
-        "samples": {"gFID (cnn features)": 10.378, "precision (cnn features)": 0.6, "class_accuracy": 0.934},
+        "tokens": {
+            "1": {"gFID (cnn features)": 50.0, "precision (cnn features)": 0.3, "class_accuracy": 0.2},
+            "16": {"gFID (cnn features)": 10.378, "precision (cnn features)": 0.6, "class_accuracy": 0.934},
+        },
         "held_out": {"gFID (cnn features)": 7.152, "precision (cnn features)": 0.7, "class_accuracy": 0.983},
         "counts": {"samples": 500, "held_out": 297, "reference": 1500},
     }
-    generation = dataclasses.replace(protocol, task="generation")
+    generation = dataclasses.replace(protocol, task="generation", count=500)
     save_result(tmp_path / "generation.json", generation, metrics, {"seconds": 5.4})
     summary, details = write_report(tmp_path).read_text().split("## ", 1)
     for line in (
@@ -350,14 +458,25 @@ def test_report_begins_with_the_headlines(tmp_path):
         "| reconstruction: PSNR from 1 token | 14.31 dB |  |",
         "| reconstruction: PSNR from 16 tokens | 21.57 dB |  |",
         "| samples: images measured | 500 | 297 |",
-        "| samples: gFID (cnn features) | 10.38 | 7.152 |",
-        "| samples: class_accuracy | 0.934 | 0.983 |",
+        "| samples: gFID (cnn features) from 16 tokens | 10.38 | 7.152 |",
+        "| samples: class_accuracy from 16 tokens | 0.934 | 0.983 |",
         "| training and measuring (starting Python not counted) | 9 s |  |",
     ):
         assert line in summary.splitlines()
     assert "precision" not in summary
-    assert "samples (N=500) | real held-out images (N=297)" in details
+    for line in (
+        "## Generation of 500 images",
+        "| tokens | gFID (cnn features) | precision (cnn features) | class_accuracy |",
+        "| 1 | 50 | 0.3 | 0.2 |",
+        "| 16 | 10.38 | 0.6 | 0.934 |",
+        "| real held-out images (N=297) | 7.152 | 0.7 | 0.983 |",
+    ):
+        assert line in details.splitlines()
     assert "![" not in details, "pictures that are not there are not shown"
+    for name in ("generation", "generation_by_tokens", "reconstruction"):
+        (tmp_path / f"{name}.png").touch()
+    details = write_report(tmp_path).read_text()
+    assert details.index("](generation.png)") < details.index("](generation_by_tokens.png)")
 
 
 def test_report_reads_what_is_there(tmp_path):

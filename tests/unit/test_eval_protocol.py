@@ -73,6 +73,18 @@ def test_compare_refuses_other_protocols_and_names_the_fields(tmp_path):
     assert compare(tmp_path / "a.json", tmp_path / "b.json", force=True) == {"psnr_db": (20.0, 21.0)}
 
 
+def test_only_the_values_that_differ_are_named():
+    settings = {"tokens": [1, 2], "decode": {"steps": 9, "apg": True}}
+    other = dataclasses.replace(PROTOCOL, settings=settings, features={"name": "none"})
+    assert PROTOCOL.differences(other) == [
+        "settings / decode / steps: 8 / 9",
+        'features / name: "digits-cnn" / "none"',
+        'features / sha256: "aa" / absent',
+        "settings / decode / apg: absent / true",
+    ]
+    assert PROTOCOL.differences(dataclasses.replace(PROTOCOL, models={})) == []
+
+
 def test_load_refuses_what_is_no_result(tmp_path):
     with pytest.raises(UserError, match=r"none\.json"):
         load_result(tmp_path / "none.json")

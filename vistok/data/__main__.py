@@ -1,9 +1,10 @@
-"""``python -m vistok.data``: write shards, extract tokens, draw sample images of the ``shapes`` world."""
+"""``python -m vistok.data``: write shards, extract tokens or latents, draw sample images of the ``shapes`` world."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,11 +12,13 @@ from tqdm import tqdm
 
 from vistok.checkpoint import export_hash, load_tokenizer
 from vistok.cli import ArgumentParser, add_data_flags, flag_for, main, positive_int, usable_device
-from vistok.config import parse_overrides
-from vistok.data import code_cache, folders, shapes, shards
+from vistok.config import Component, component_module, parse_overrides, read_yaml, typed
+from vistok.data import code_cache, folders, latent_cache, shapes, shards
 from vistok.data.datamodule import load_images
 from vistok.data.images import Record
 from vistok.data.output import new_folder
+from vistok.errors import UserError
+from vistok.interfaces import Tokenizer
 from vistok.pictures import to_pil, to_uint8
 from vistok.rng import seeded_generator
 
@@ -49,24 +52,15 @@ def write_shards(arguments: argparse.Namespace) -> None:
 def extract_tokens(arguments: argparse.Namespace) -> None:
     """The tokens of both splits of a data set as a code cache."""
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.device)
-    size = tokenizer.spec.image_size_px
-    data_args = parse_overrides(arguments.data_args)
-    datasets = {split: load_images(arguments.data, split, size, data_args) for split in ("train", "val")}
-    total = len(datasets["train"]) * arguments.passes + len(datasets["val"])
-    with tqdm(total=total, desc="tokens", unit="img", leave=False) as bar:
-        code_cache.extract(
-            tokenizer,
-            export_hash(arguments.tokenizer),
-            datasets,
-            arguments.out,
-            batch_size=arguments.batch_size,
-            passes=arguments.passes,
-            seed=arguments.seed,
-            workers=arguments.workers,
-            device=arguments.device,
-            progress=bar.update,
-        )
-    print(f"wrote the tokens of {total} images to {arguments.out}")
+    extract = partial(code_cache.extract, tokenizer, export_hash(arguments.tokenizer))
+    _write_cache(extract, tokenizer.spec.image_size_px, "tokens", arguments)
+
+
+@flag_for("data.args.", "--data-args ")
+def extract_latents(arguments: argparse.Namespace) -> None:
+    """The latents of both splits of a data set, as a tokenizer's frozen VAE sees it, as a latent cache."""
+    tokenizer = _tokenizer_of_run(arguments.config, arguments.tokenizer_args)
+    _write_cache(partial(latent_cache.extract, tokenizer), tokenizer.spec.image_size_px, "latents", arguments)
 
 
 def draw_shapes(arguments: argparse.Namespace) -> None:
@@ -79,6 +73,40 @@ def draw_shapes(arguments: argparse.Namespace) -> None:
             to_pil(to_uint8(sample["image"])).save(out / f"{index:06d}.png")
             (out / f"{index:06d}.txt").write_text(sample["text"] + "\n")
     print(f"wrote {len(dataset)} images to {arguments.out}")
+
+
+def _write_cache(extract: Callable[..., None], image_size_px: int, what: str, arguments: argparse.Namespace) -> None:
+    """Let ``extract`` cache both splits of the data set that ``arguments`` name, with a progress line."""
+    data_args = parse_overrides(arguments.data_args)
+    datasets = {split: load_images(arguments.data, split, image_size_px, data_args) for split in ("train", "val")}
+    total = len(datasets["train"]) * arguments.passes + len(datasets["val"])
+    with tqdm(total=total, desc=what, unit="img", leave=False) as bar:
+        extract(
+            datasets,
+            arguments.out,
+            batch_size=arguments.batch_size,
+            passes=arguments.passes,
+            seed=arguments.seed,
+            workers=arguments.workers,
+            device=arguments.device,
+            progress=bar.update,
+        )
+    print(f"wrote the {what} of {total} images to {arguments.out}")
+
+
+def _tokenizer_of_run(path: str, overrides: list[str]) -> Tokenizer:
+    """The tokenizer, with fresh weights, that the config of a run trains.
+
+    Raises:
+        UserError: if the config trains none, or the tokenizer cannot be built.
+    """
+    section = read_yaml(path).get("tokenizer")
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: expected a run that trains a tokenizer, tokenizer: {{name, args}}, got {section!r}")
+    component = typed(Component, section, f"{path}: tokenizer")
+    module = component_module("tokenizers", component.name)
+    where = f"{path}: tokenizers.{component.name}"
+    return module.build(typed(module.Config, component.args, where, parse_overrides(overrides)))
 
 
 def _shuffled(dataset: folders.Folders) -> Iterator[Record]:
@@ -114,13 +142,14 @@ def _parser() -> argparse.ArgumentParser:
 
     part = command("tokens", extract_tokens, "--tokenizer runs/flextok --data digits --out codes/ --passes 4")
     part.add_argument("--tokenizer", required=True, metavar="DIR", help="exported tokenizer or its run folder")
-    add_data_flags(part)
-    part.add_argument("--passes", type=positive_int, default=1, metavar="N",
-                      help="passes over the training split; all but the first augment (%(default)s)")  # fmt: skip
-    part.add_argument("--batch-size", type=positive_int, default=256, metavar="N", help="images at once (%(default)s)")
-    part.add_argument("--seed", type=int, default=0, metavar="N", help="of the augmentations (%(default)s)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    part.add_argument("--device", default=device, type=usable_device, help="where to tokenize (%(default)s)")
+    _add_cache_flags(part, batch_size=256)
+
+    part = command("latents", extract_latents, "--config configs/imagenet/flextok_d12_d12.yaml "
+                   "--tokenizer-args alignment=null --data data/imagenet --out latents/ --passes 4")  # fmt: skip
+    part.add_argument("--config", required=True, metavar="FILE", help="YAML of the run whose tokenizer has the VAE")
+    part.add_argument("--tokenizer-args", nargs="*", default=[], metavar="key=value",
+                      help="as tokenizer.args of train.py, such as vae=DIR alignment=null")  # fmt: skip
+    _add_cache_flags(part, batch_size=32)
 
     part = command("shapes", draw_shapes, "--out shapes_64/ --count 16 --image-size 64")
     part.add_argument("--count", type=positive_int, default=16, metavar="N", help="images (%(default)s)")
@@ -130,6 +159,18 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--split", choices=["train", "val"], default="train", help="part of the world (%(default)s)")
     part.add_argument("--seed", type=int, default=0, metavar="N", help="names the world (%(default)s)")
     return parser
+
+
+def _add_cache_flags(part: argparse.ArgumentParser, batch_size: int) -> None:
+    add_data_flags(part)
+    part.add_argument("--passes", type=positive_int, default=1, metavar="N",
+                      help="passes over the training split; all but the first augment (%(default)s)")  # fmt: skip
+    part.add_argument(
+        "--batch-size", type=positive_int, default=batch_size, metavar="N", help="images at once (%(default)s)"
+    )
+    part.add_argument("--seed", type=int, default=0, metavar="N", help="of the augmentations (%(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    part.add_argument("--device", default=device, type=usable_device, help="where to compute (%(default)s)")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Pass 0 holds the images as they are, each further pass of the training split aug
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,11 @@ from omegaconf import MISSING
 from torch import Tensor
 
 from vistok.checkpoint import load_weights, save_tensors
-from vistok.data.datamodule import Dataset, make_loader, ordered_batches
+from vistok.data.cache import Cache, go_through, passes_of, read_header, write_header
+from vistok.data.datamodule import Dataset
 from vistok.data.output import new_folder
 from vistok.errors import UserError
 from vistok.interfaces import Tokenizer
-from vistok.rng import derive_seed
 from vistok.tokens import TokenSpec
 
 CODES, CACHE = "codes.safetensors", "cache.json"
@@ -39,7 +38,7 @@ class Config:
     path: str = MISSING
 
 
-class CodeCache:
+class CodeCache(Cache):
     """The codes of one split; a sample has ``ids`` int64 ``(N, S)`` instead of an image.
 
     Attributes:
@@ -52,39 +51,25 @@ class CodeCache:
 
     def __init__(self, config: Config, split: str, image_size_px: int) -> None:
         folder = Path(config.path)
-        cache = _read_cache(folder)
-        if split not in cache["splits"]:
-            raise UserError(f"{folder} has no split {split!r} ({', '.join(cache['splits'])})")
+        cache = read_header(folder / CACHE, ("spec", "tokenizer_hash"), "code cache", "tokens")
+        super().__init__(cache, split, folder)
         self.spec = TokenSpec.from_dict(cache["spec"])
         if self.spec.image_size_px != image_size_px:
             raise UserError(f"{folder} holds codes of {self.spec.image_size_px} px images, not of {image_size_px} px")
         tensors = load_weights(folder / CODES)
         self.ids, self.labels = tensors[f"{split}.ids"], tensors[f"{split}.labels"]
-        part = cache["splits"][split]
-        self.keys, self.texts = part["keys"], part["texts"]
+        self.passes = len(self.ids)
         self.tokenizer_hash: str = cache["tokenizer_hash"]
-        self.class_names: list[str] = cache["class_names"]
-        self.num_classes = len(self.class_names)
         self.description = {
             "name": "code_cache",
             "split": split,
             "tokenizer_hash": self.tokenizer_hash,
-            "passes": len(self.ids),
-            "data": part["data"],
+            "passes": self.passes,
+            "data": self.part["data"],
         }
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def get(self, index: int, rng: torch.Generator | None = None) -> dict[str, Any]:
-        """Sample ``index`` of a pass drawn from ``rng``; of pass 0, the image as it is, if that is None."""
-        number = 0 if rng is None else int(torch.randint(len(self.ids), (), generator=rng))
-        return {
-            "ids": self.ids[number, index].long(),
-            "label": int(self.labels[index]),
-            "text": self.texts[index] if self.texts else "",
-            "key": self.keys[index],
-        }
+    def stored(self, number: int, index: int) -> dict[str, Tensor]:
+        return {"ids": self.ids[number, index].long()}
 
 
 def build(config: Config, split: str, image_size_px: int) -> CodeCache:
@@ -134,48 +119,21 @@ def extract(
     Raises:
         UserError: if ``out`` exists, a number is out of range, or the tokenizer has no codes.
     """
-    if passes < 1 or batch_size < 1 or workers < 0:
-        raise UserError(
-            f"passes and batch_size must be at least 1 and workers at least 0, got {passes}, {batch_size} and {workers}"
-        )
     if not tokenizer.spec.num_slots:
         raise UserError("this tokenizer is continuous: it has no codes to cache")
+
+    def tokenize(images: Tensor) -> Tensor:
+        return tokenizer.tokenize(images.to(device)).ids.to("cpu", torch.int32)
+
     tensors: dict[str, Tensor] = {}
     splits: dict[str, dict[str, Any]] = {}
     with new_folder(out) as folder:
         for split, dataset in datasets.items():
-            rounds = [None] + [
-                derive_seed("pass", seed, number) for number in range(1, passes if split == "train" else 1)
-            ]
             ids: list[Tensor] = []
-            batches: list[dict[str, Any]] = []
-            for augment_seed in rounds:
-                loader = make_loader(dataset, ordered_batches(len(dataset), batch_size), workers, augment_seed)
-                batches = []
-                for batch in loader:
-                    ids.append(tokenizer.tokenize(batch.pop("image").to(device)).ids.to("cpu", torch.int32))
-                    batches.append(batch)
-                    progress(len(ids[-1]))
-            # Labels, captions and keys are the same in every pass.
-            tensors[f"{split}.ids"] = torch.cat(ids).unflatten(0, (len(rounds), len(dataset)))
-            tensors[f"{split}.labels"] = torch.cat([batch["label"] for batch in batches])
-            keys, texts = ([item for batch in batches for item in batch[name]] for name in ("key", "text"))
-            splits[split] = {"data": dataset.description, "keys": keys, "texts": texts if any(texts) else []}
-        cache = {
-            "spec": tokenizer.spec.to_dict(),
-            "tokenizer_hash": tokenizer_hash,
-            "class_names": next(iter(datasets.values())).class_names,
-            "splits": splits,
-        }
+            count = passes_of(split, passes)
+            splits[split], tensors[f"{split}.labels"] = go_through(
+                dataset, count, tokenize, ids.append, batch_size, seed, workers, progress
+            )
+            tensors[f"{split}.ids"] = torch.cat(ids).unflatten(0, (count, len(dataset)))
         save_tensors(folder / CODES, tensors)
-        (folder / CACHE).write_text(json.dumps(cache) + "\n")
-
-
-def _read_cache(folder: Path) -> dict[str, Any]:
-    try:
-        cache = json.loads((folder / CACHE).read_text())
-        return {key: cache[key] for key in ("spec", "tokenizer_hash", "class_names", "splits")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} is no code cache ({CACHE}: {error}); make one with python -m vistok.data tokens"
-        ) from None
+        write_header(folder / CACHE, datasets, splits, spec=tokenizer.spec.to_dict(), tokenizer_hash=tokenizer_hash)

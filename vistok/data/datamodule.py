@@ -15,10 +15,11 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -30,13 +31,15 @@ from vistok.rng import seeded_generator
 class Dataset(Protocol):
     """What every ``vistok.data.<name>.build`` returns.
 
-    A sample has ``image`` float32 ``(3, H, W)`` in [-1, 1] (or ``ids`` int64 ``(N, S)`` for cached codes), ``label``
-    int (-1 if none), ``text`` str (empty if none) and ``key`` str (unique and stable).
+    A sample has ``image`` float32 ``(3, H, W)`` in [-1, 1] (or ``ids`` int64 ``(N, S)`` for cached codes, ``latent``
+    float32 ``(C, h, w)`` for cached latents), ``label`` int (-1 if none), ``text`` str (empty if none) and ``key`` str
+    (unique and stable).
 
     Attributes:
         num_classes: number of classes, 0 if there are none.
         class_names: one name per class.
-        description: plain JSON values that identify the data and its preprocessing.
+        description: plain JSON values that identify the data and its preprocessing; ``split`` is ``all`` where the
+            data bring no validation split and none was held out.
     """
 
     num_classes: int
@@ -47,6 +50,20 @@ class Dataset(Protocol):
 
     def get(self, index: int, rng: torch.Generator | None = None) -> dict[str, Any]:
         """Sample ``index``, augmented by draws from ``rng``; not at all if it is None."""
+
+
+@runtime_checkable
+class CheckableDataset(Dataset, Protocol):
+    """A data set may, but need not, tell how much of one of its images a reconstruction still shows.
+
+    Attributes:
+        agreement_definitions: one line about each figure of :meth:`agreement`, by name.
+    """
+
+    agreement_definitions: dict[str, str]
+
+    def agreement(self, index: int, image: Float[Tensor, "3 H W"]) -> dict[str, float]:
+        """Figures in [0, 1] of ``image`` in [-1, 1] as a picture of sample ``index``; 1 is best."""
 
 
 class PositionBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -88,9 +105,9 @@ class DataModule(L.LightningDataModule):
     """Training and validation loaders for Lightning (``Trainer(use_distributed_sampler=False)``).
 
     A batch is ``{"image": float32 (B, 3, H, W), "label": int64 (B,), "text": list, "key": list, "position": int64
-    (B,)}``, with ``"ids"`` int64 ``(B, N, S)`` instead of the image for cached codes. The training loader never
-    ends. The validation loader goes once through ``val`` in order, without augmentation; the ranks share it without
-    duplicates and take the same number of batches.
+    (B,)}``, with ``"ids"`` int64 ``(B, N, S)`` or ``"latent"`` float32 ``(B, C, h, w)`` instead of the image for
+    cached codes or latents. The training loader never ends. The validation loader goes once through ``val`` in order,
+    without augmentation; the ranks share it without duplicates and take the same number of batches.
 
     Args:
         train: training samples.
@@ -175,7 +192,7 @@ def load_data(text: str, split: str, image_size_px: int, args: dict[str, Any] | 
 
     Args:
         text: ``digits``, ``shapes``, an image folder, shards (``path/{000..003}.tar`` or a folder of ``.tar``
-            files), or the folder of a code cache.
+            files), or the folder of a cache of codes or latents.
         split: ``train`` or ``val``.
         image_size_px: side of the images.
         args: fields of the ``Config`` of whichever data set it is, as in a run's ``data.args``.
@@ -192,12 +209,14 @@ def load_data(text: str, split: str, image_size_px: int, args: dict[str, Any] | 
         component = config.Component("shards", {"path": text, **stored})
     elif (path / "cache.json").is_file():
         component = config.Component("code_cache", {"path": text})
+    elif (path / "latents.json").is_file():
+        component = config.Component("latent_cache", {"path": text})
     elif path.is_dir():
         component = config.Component("folders", {"path": text, **stored})
     else:
         raise UserError(
             f"no data called {text!r}: give digits, shapes, or the path of an image folder, "
-            "of shards (.tar) or of a code cache"
+            "of shards (.tar) or of a cache"
         )
     component.args.update(args or {})
     return config.build("data", component, split, image_size_px, where="--data-args" if args else "")
@@ -209,10 +228,11 @@ def load_images(
     """As :func:`load_data`, for those who need pixels.
 
     Raises:
-        UserError: also if ``text`` names a code cache.
+        UserError: also if ``text`` names a cache.
     """
-    if (Path(text) / "cache.json").is_file():
-        raise UserError(f"{text} holds codes, not images")
+    for name, what in (("cache.json", "codes"), ("latents.json", "latents")):
+        if (Path(text) / name).is_file():
+            raise UserError(f"{text} holds {what}, not images")
     return load_data(text, split, image_size_px, args, **stored)
 
 
@@ -232,8 +252,14 @@ class _Loader(DataLoader):
     """A loader that hands on a worker's UserError as the one line it was, without the worker's traceback."""
 
     def __iter__(self) -> Any:
+        # Workers inherit the mask, so that a signal cannot meet one that has not come to _obey_parent_only yet.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
-            yield from super().__iter__()
+            samples = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            yield from samples
         except UserError as error:
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("vistok.errors.UserError: ")) from None
 
@@ -247,6 +273,7 @@ def _obey_parent_only(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS does not say who sent a signal
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

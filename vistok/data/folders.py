@@ -40,8 +40,8 @@ class Folders(ImageDataset):
         classes_root = folder / "train" if has_val and (folder / "train").is_dir() else self.root
         class_names = _class_names(classes_root) if any("/" in key for key in keys) else []
         _check_classes(self.root, keys, class_names)
+        count = len(keys)
         if not has_val:
-            count = len(keys)
             keys = [key for key in keys if in_split(key, split, config.val_fraction)]
             if not keys:
                 raise UserError(
@@ -53,6 +53,8 @@ class Folders(ImageDataset):
         self._has_caption = np.array([os.path.splitext(key)[0] in captions for key in keys])
         self._labels = {name: label for label, name in enumerate(class_names)}
         super().__init__("folders", config, split, image_size_px, keys, class_names)
+        if not has_val and len(keys) == count:
+            self.description["split"] = "all"
 
     def record(self, index: int) -> Record:
         """Sample ``index`` as it is stored."""

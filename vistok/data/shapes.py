@@ -3,9 +3,10 @@
 One to three objects (6 shapes x 8 colours x 2 sizes) stand apart on a plain dark background. Sample i depends on
 (seed, split, i) alone. Some pairs of shape and colour never occur in training; the validation split has them all.
 
-An image holds enough to recover its scene, so text-to-image models can be scored without a learned detector:
-:func:`detect` reads the objects, and :func:`score` checks them against a requirement in the form of GenEval's
-metadata (Ghosh et al., 2023: six tasks, each a conjunction of ``include`` and ``exclude`` clauses).
+An image holds enough to recover its scene, so models can be scored without a learned detector: :func:`detect` reads
+the objects, :func:`agreement` says how much of a scene a reconstruction keeps, and :func:`score` checks objects against
+a requirement in the form of GenEval's metadata (Ghosh et al., 2023: six tasks, each a conjunction of ``include`` and
+``exclude`` clauses).
 
 Coordinates are fractions of the image side, x to the right and y down; radii are those of the bounding circle.
 """
@@ -13,6 +14,8 @@ Coordinates are fractions of the image side, x to the right and y down; radii ar
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -43,6 +46,9 @@ HELD_OUT = frozenset((shape, list(COLORS)[(3 * i + 1) % len(COLORS)]) for i, sha
 
 _GAP = 0.04
 _SUPERSAMPLES = 4
+_MIN_SHARE = 0.4  # a small triangle under a blur of a sixteenth of the image side keeps a little more
+_MIN_OVERLAP = 0.65
+_NEAR = 1 / 32
 _COLOR_NAMES = tuple(COLORS)
 _RGB = np.array(list(COLORS.values()), dtype=np.float32)
 _KINDS = tuple(itertools.product(SHAPES, RADII))
@@ -114,7 +120,7 @@ class Shapes:
                 f"shapes: need a count above 0 and max_objects 1 to 3, got {self.count}, {config.max_objects}"
             )
         self.config, self.split, self.image_size_px = config, split, image_size_px
-        self.class_names = list(SHAPES)
+        self.class_names, self.agreement_definitions = list(SHAPES), AGREEMENT
         self.description = {
             "name": "shapes",
             "split": split,
@@ -141,6 +147,10 @@ class Shapes:
             "text": scene.caption,
             "key": f"shapes/{self.split}/{index:06d}",
         }
+
+    def agreement(self, index: int, image: Float[Tensor, "3 H W"]) -> dict[str, float]:
+        """How much of image ``index`` a reconstruction shows: :func:`agreement` with its scene."""
+        return agreement(self.scene(index), image)
 
 
 def build(config: Config, split: str, image_size_px: int) -> Shapes:
@@ -254,7 +264,31 @@ def _plural(name: str) -> str:
 # ---- reading an image back -------------------------------------------------------------------------------------
 
 
-def detect(image: Float[Tensor, "3 H W"], min_overlap: float = 0.65) -> list[SceneObject]:
+AGREEMENT = {
+    "main_color": "images whose heaviest patch has the colour of a largest object; patch: connected pixels of one "
+    f"colour at over {_MIN_SHARE:g} of its strength, together at least half the smallest object",
+    "colors": "objects with a patch of their colour centred in their bounding circle, mean over images",
+    "positions": f"objects with a patch centred within {_NEAR:g} of the image side of theirs, mean over images",
+    "shapes": "objects with a detected object of their shape centred in their bounding circle, mean over images; "
+    f"detected: a patch with a soft IoU of at least {_MIN_OVERLAP:g} with a picture of some shape and size",
+    "sizes": "as shapes, for their size",
+    "count": "images with as many detected objects as there are",
+}
+"""What each figure of :func:`agreement` is the share of."""
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """Connected pixels of one colour: the share of each that it covers, their sum, and its centroid."""
+
+    color: str
+    cover: Float[np.ndarray, "H W"]
+    mass: float
+    x: float
+    y: float
+
+
+def detect(image: Float[Tensor, "3 H W"], min_overlap: float = _MIN_OVERLAP) -> list[SceneObject]:
     """The objects of an image, largest first, then from left to right.
 
     Each pixel is taken as a mixture of the background and one of the eight colours. Connected pixels of one colour
@@ -264,26 +298,69 @@ def detect(image: Float[Tensor, "3 H W"], min_overlap: float = 0.65) -> list[Sce
         image: values in [-1, 1].
         min_overlap: objects whose best picture has a lower soft intersection over union are dropped.
     """
+    return _objects(_patches(image), min_overlap)
+
+
+def agreement(scene: Scene, image: Float[Tensor, "3 H W"]) -> dict[str, float]:
+    """How much of ``scene`` an image in [-1, 1] shows, each figure in [0, 1].
+
+    ``main_color``, ``colors`` and ``positions`` look at patches of colour, so that a blurred object counts; ``shapes``,
+    ``sizes`` and ``count`` at what :func:`detect` takes for an object. Bounding circles are disjoint: what lies in
+    one belongs to its object. :data:`AGREEMENT` says what each figure is.
+    """
+    patches = _patches(image)
+    found = _objects(patches, _MIN_OVERLAP)
+    largest = max(thing.radius for thing in scene.objects)
+    main_colors = {thing.color for thing in scene.objects if thing.radius == largest}
+
+    def share(right: Callable[[SceneObject], bool]) -> float:
+        return sum(map(right, scene.objects)) / len(scene.objects)
+
+    return {
+        "main_color": float(bool(patches) and patches[0].color in main_colors),
+        "colors": share(lambda a: any(b.color == a.color and _distance(a, b) <= a.radius for b in patches)),
+        "positions": share(lambda a: any(_distance(a, b) <= _NEAR for b in patches)),
+        "shapes": share(lambda a: any(b.shape == a.shape and _distance(a, b) <= a.radius for b in found)),
+        "sizes": share(lambda a: any(b.size == a.size and _distance(a, b) <= a.radius for b in found)),
+        "count": float(len(found) == len(scene.objects)),
+    }
+
+
+def _distance(a: SceneObject, b: SceneObject | _Patch) -> float:
+    return math.hypot(a.x - b.x, a.y - b.y)
+
+
+def _patches(image: Float[Tensor, "3 H W"]) -> list[_Patch]:
+    """The patches of an image with at least half the mass of the smallest object, heaviest first."""
     pixels = (image.detach().float().cpu().permute(1, 2, 0).numpy() + 1) / 2
     side_px = pixels.shape[0]
     background = np.median(pixels, axis=(0, 1))
     # Mixture share of each colour, and how far the pixel is from the best mixture.
     ray = _RGB - background
-    share = ((pixels - background) @ ray.T / (ray**2).sum(axis=1)).clip(0, 1)
+    length = np.maximum((ray**2).sum(axis=1), 1e-6)  # 0 for a background of exactly that colour
+    share = ((pixels - background) @ ray.T / length).clip(0, 1)
     misfit = np.linalg.norm((pixels - background)[:, :, None] - share[..., None] * ray, axis=-1)
     color = misfit.argmin(axis=-1)
-    core = np.take_along_axis(share, color[..., None], axis=-1)[..., 0] > 0.5
+    core = np.take_along_axis(share, color[..., None], axis=-1)[..., 0] > _MIN_SHARE
     parts, colors = _components(color, core)
     if not colors:
         return []
     distance, nearest = ndimage.distance_transform_edt(parts == 0, return_indices=True)
     owner = np.where(distance <= 2 * side_px / 32, parts[tuple(nearest)], 0)
+    smallest = _templates(side_px, 0, 0).sum(axis=(1, 2)).min()
+    centre = (np.arange(side_px) + 0.5) / side_px
     found = []
     for part, color_index in enumerate(colors, start=1):
         cover = share[..., color_index] * (owner == part)
-        thing = _best_match(cover, _COLOR_NAMES[color_index], min_overlap)
-        if thing is not None:
-            found.append(thing)
+        mass = float(cover.sum())
+        if mass >= 0.5 * smallest:
+            x, y = (float((cover.sum(axis=axis) * centre).sum() / mass) for axis in (0, 1))
+            found.append(_Patch(_COLOR_NAMES[color_index], cover, mass, x, y))
+    return sorted(found, key=lambda patch: -patch.mass)
+
+
+def _objects(patches: list[_Patch], min_overlap: float) -> list[SceneObject]:
+    found = [thing for patch in patches if (thing := _best_match(patch, min_overlap)) is not None]
     return sorted(found, key=lambda thing: (-thing.radius, thing.x, thing.y))
 
 
@@ -298,21 +375,15 @@ def _components(color: np.ndarray, core: np.ndarray) -> tuple[np.ndarray, list[i
     return parts, colors
 
 
-def _best_match(cover: Float[np.ndarray, "H W"], color: str, min_overlap: float) -> SceneObject | None:
-    side_px = len(cover)
-    mass = cover.sum()
-    smallest = _templates(side_px, 0, 0).sum(axis=(1, 2)).min()
-    if mass < 0.5 * smallest:
-        return None
-    centre = np.arange(side_px) + 0.5
-    x, y = float((cover.sum(axis=0) * centre).sum() / mass), float((cover.sum(axis=1) * centre).sum() / mass)
+def _best_match(patch: _Patch, min_overlap: float) -> SceneObject | None:
+    side_px = len(patch.cover)
     # Pictures are kept for centres at eighths of a pixel.
-    eighth_x, eighth_y = round(8 * x), round(8 * y)
+    eighth_x, eighth_y = round(8 * patch.x * side_px), round(8 * patch.y * side_px)
     templates = _templates(side_px, eighth_x % 8, eighth_y % 8)
     half = templates.shape[-1] // 2
     top, left = eighth_y // 8, eighth_x // 8
-    window = np.pad(cover, half)[top : top + 2 * half, left : left + 2 * half]
-    outside = mass - window.sum()
+    window = np.pad(patch.cover, half)[top : top + 2 * half, left : left + 2 * half]
+    outside = patch.mass - window.sum()
     overlap = np.minimum(templates, window).sum(axis=(1, 2)) / (
         np.maximum(templates, window).sum(axis=(1, 2)) + outside
     )
@@ -320,7 +391,7 @@ def _best_match(cover: Float[np.ndarray, "H W"], color: str, min_overlap: float)
     if overlap[best] < min_overlap:
         return None
     shape, size = _KINDS[best % len(_KINDS)]
-    return SceneObject(shape, color, size, x / side_px, y / side_px)
+    return SceneObject(shape, patch.color, size, patch.x, patch.y)
 
 
 @lru_cache(maxsize=256)

@@ -91,6 +91,8 @@ class Shards(ImageDataset):
         self._suffixes = np.array([suffix for index in indexes for suffix in index.suffixes])[rows]
         self._shards = shard_of[rows]
         super().__init__("shards", config, split, image_size_px, [keys[row] for row in rows], class_names)
+        if not apart and len(rows) == len(keys):
+            self.description["split"] = "all"
 
     def record(self, index: int) -> Record:
         """Sample ``index`` as it is stored."""

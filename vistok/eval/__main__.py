@@ -7,31 +7,35 @@ import resource
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
+from torch import Tensor
 from tqdm import tqdm
 
 from vistok.checkpoint import export_hash, export_info, load_tokenizer
 from vistok.cli import ArgumentParser, add_data_flags, flag_for, main, positive_int, token_counts, usable_device
 from vistok.config import parse_overrides
-from vistok.data.datamodule import load_images
+from vistok.data.datamodule import CheckableDataset, load_images
 from vistok.errors import UserError
 from vistok.eval import generation, reconstruction
+from vistok.eval.curves import curve_of, plot_by_tokens
 from vistok.eval.features import SMALL_NETWORKS, WEIGHTS_FOLDER, FeatureNetwork, load_features
 from vistok.eval.fid import fid_notes
 from vistok.eval.images import image_batches
-from vistok.eval.protocol import EvalProtocol, compare, load_result, number, save_result
+from vistok.eval.protocol import EvalProtocol, compare, load_result, number, save_result, table_by_tokens
 from vistok.eval.report import write_report
 from vistok.eval.train_features import train_features
-from vistok.interfaces import NULL_CLASS, SampleOptions
+from vistok.interfaces import NULL_CLASS, ClassCondition, SampleOptions
 from vistok.pictures import labelled_grid, rows_by_label, save_npz, save_png
-from vistok.pipeline import load_models, prefix_lengths, read_decode_options, sample_images
+from vistok.pipeline import decode_prefixes, load_models, prefix_lengths, read_decode_options, sample_tokens
 
 console = Console()
 
@@ -39,6 +43,7 @@ EXAMPLES = """examples:
   python -m vistok.eval reconstruction --checkpoint runs/demo/tokenizer --data digits
   python -m vistok.eval reconstruction --checkpoint runs/demo/tokenizer --data DIR --features none
   python -m vistok.eval generation --checkpoint runs/demo/generator --data digits --count 500 --cfg-scale 2
+  python -m vistok.eval generation --checkpoint runs/demo/generator --data digits --tokens 1,2,4,8,16
   python -m vistok.eval compare a.json b.json
   python -m vistok.eval report --run runs/demo
 """
@@ -57,11 +62,14 @@ def run_reconstruction(args: argparse.Namespace) -> None:
     dataset = load_images(args.data, args.split, tokenizer.spec.image_size_px, data_args, val_fraction=held_out)
     network = None if args.features == "none" else _features(args)
     count = min(args.count or len(dataset), len(dataset))
+    agreement, definitions = None, reconstruction.DEFINITIONS
+    if isinstance(dataset, CheckableDataset):
+        agreement, definitions = dataset.agreement, definitions | dataset.agreement_definitions
 
     batches = image_batches(dataset, args.batch_size, args.workers, count)
     with tqdm(total=count * len(lengths), desc="reconstruct", unit="img", leave=False) as bar:
         metrics = reconstruction.measure_reconstruction(
-            tokenizer, batches, network, lengths, args.seed, decode, args.device, bar.update
+            tokenizer, batches, network, lengths, args.seed, decode, args.device, agreement, bar.update
         )
     shown = {sample["key"]: sample for sample in map(dataset.get, range(min(10, count)))}
     picture = reconstruction.picture_reconstruction(tokenizer, list(shown.values()), lengths, args.seed, decode)
@@ -69,7 +77,7 @@ def run_reconstruction(args: argparse.Namespace) -> None:
     protocol = EvalProtocol(
         task="reconstruction",
         data=dataset.description,
-        split=args.split,
+        split=dataset.description["split"],
         count=metrics["counts"]["images"],
         image_size_px=tokenizer.spec.image_size_px,
         quantised=True,
@@ -78,20 +86,15 @@ def run_reconstruction(args: argparse.Namespace) -> None:
         seed=args.seed,
         features=_identity(network),
         reference={"images": "the originals", "count": metrics["counts"]["images"]},
-        definitions=reconstruction.DEFINITIONS,
+        definitions=definitions,
         models={"tokenizer": export_hash(args.checkpoint)},
     )
     save_png(picture, args.out / "reconstruction.png")
-    save_result(args.out / "reconstruction.json", protocol, metrics, _run_details(args, started))
-    columns = list(metrics["tokens"][str(lengths[0])])
-    table = _table(args.data, protocol, ["tokens", *columns])
-    for length, values in metrics["tokens"].items():
-        table.add_row(length, *(number(values[column]) for column in columns))
     codebook = ", ".join(
         f"{name} {number(metrics['codebook'][name])}" for name in ("usage", "entropy_bits", "perplexity")
     )
     notes = [f"codebook: {codebook}"] + (fid_notes(network, protocol.count, protocol.count) if network else [])
-    _print(table, notes, args.out / "reconstruction.json")
+    _save(args, started, protocol, metrics, notes)
 
 
 @flag_for("data.args.", "--data-args ")
@@ -104,9 +107,9 @@ def run_generation(args: argparse.Namespace) -> None:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
-        num_tokens=args.num_tokens,
     )
     generator, tokenizer, tokenizer_path = load_models(args.checkpoint, args.tokenizer, args.device)
+    lengths = prefix_lengths(tokenizer.spec, args.tokens or [tokenizer.spec.num_positions])
     size = tokenizer.spec.image_size_px
     decode = read_decode_options(tokenizer, args.decode)
     data_args = parse_overrides(args.data_args)
@@ -118,13 +121,20 @@ def run_generation(args: argparse.Namespace) -> None:
         )
     network = _features(args)
     class_ids = generation.balanced_classes(args.count, generator.num_classes)
+    # A shorter code is a prefix of the longest one.
+    condition, longest = ClassCondition(class_ids), replace(options, num_tokens=lengths[-1])
     with tqdm(total=args.count, desc="sample", unit="img", leave=False) as bar:
-        samples = sample_images(
-            generator, tokenizer, class_ids, options, args.seed, args.batch_size, decode, bar.update
-        )
+        tokens = sample_tokens(generator, condition, longest, args.seed, args.batch_size, bar.update)
+
+    def decoded(length: int) -> Tensor:
+        with tqdm(total=args.count, desc="decode", unit="img", leave=False) as bar:
+            return decode_prefixes(tokenizer, tokens, [length], args.seed, args.batch_size, decode, bar.update)[length]
+
+    samples = decoded(lengths[-1])
+    shorter = ((length, decoded(length)) for length in lengths[:-1])
     with tqdm(total=len(reference), desc="compare", unit="img", leave=False) as bar:
         metrics = generation.measure_generation(
-            samples,
+            chain(shorter, [(lengths[-1], samples)]),
             class_ids,
             reference,
             held_out,
@@ -148,11 +158,7 @@ def run_generation(args: argparse.Namespace) -> None:
             "generator": export_info(args.checkpoint).get("weights", "unknown"),
             "tokenizer": export_info(tokenizer_path).get("weights", "unknown"),
         },
-        settings={
-            "sampling": _sampling(options),
-            "decode": decode,
-            "classes": "balanced",
-        },
+        settings={"tokens": lengths, "sampling": _sampling(options), "decode": decode, "classes": "balanced"},
         seed=args.seed,
         features=_identity(network),
         reference={"images": "train", "count": metrics["counts"]["reference"], "data": reference.description},
@@ -163,13 +169,8 @@ def run_generation(args: argparse.Namespace) -> None:
     names = reference.class_names or [str(index) for index in range(generator.num_classes)]
     labels = [names[index] if index != NULL_CLASS else "" for index in class_ids.tolist()]
     save_png(labelled_grid(*rows_by_label(samples, labels)), args.out / "generation.png")
-    save_result(args.out / "generation.json", protocol, metrics, _run_details(args, started))
-    columns, rows = generation.side_by_side(metrics)
-    table = _table(args.data, protocol, columns)
-    for row in rows:
-        table.add_row(*row)
     notes = fid_notes(network, args.count, metrics["counts"]["reference"])
-    _print(table, notes, args.out / "generation.json")
+    _save(args, started, protocol, metrics, notes)
 
 
 def run_compare(args: argparse.Namespace) -> None:
@@ -242,7 +243,12 @@ def build_parser() -> argparse.ArgumentParser:
     two.add_argument(
         "--no-copies", dest="copies", action="store_false", help="skip the share of copies (slow on big data)"
     )
-    two.add_argument("--num-tokens", type=positive_int, help="tokens to generate, ordered layouts only (default: all)")
+    two.add_argument(
+        "--tokens",
+        type=token_counts,
+        metavar="K,K,...",
+        help="prefixes to decode, each with its own metrics (default: all tokens only)",
+    )
 
     three = add("compare", run_compare, "two result files side by side; refused if their protocols differ")
     three.add_argument("first", type=Path, metavar="a.json")
@@ -288,8 +294,8 @@ def _identity(network: FeatureNetwork | None) -> dict[str, str]:
 
 
 def _sampling(options: SampleOptions) -> dict[str, Any]:
-    """The options that change samples."""
-    return {name: value for name, value in asdict(options).items() if name != "use_cache"}
+    """The options that change samples, without the number of tokens."""
+    return {name: value for name, value in asdict(options).items() if name not in ("num_tokens", "use_cache")}
 
 
 def _run_details(args: argparse.Namespace, started: float) -> dict[str, Any]:
@@ -303,18 +309,29 @@ def _run_details(args: argparse.Namespace, started: float) -> dict[str, Any]:
     }
 
 
-def _table(data: str, protocol: EvalProtocol, columns: list[str]) -> Table:
-    title = (
-        f"{protocol.task} · {data} · N={protocol.count} · {protocol.image_size_px} px · protocol {protocol.fingerprint}"
-    )
-    table = Table(title=title, title_justify="left")
+def _save(
+    args: argparse.Namespace, started: float, protocol: EvalProtocol, metrics: dict[str, Any], notes: list[str]
+) -> None:
+    """Write the result file, and a curve of several numbers of tokens; print the table."""
+    path = args.out / f"{protocol.task}.json"
+    save_result(path, protocol, metrics, _run_details(args, started))
+    if len(metrics["tokens"]) > 1:
+        plot_by_tokens(metrics["tokens"], curve_of(path), metrics.get("held_out"))
+    columns, rows = table_by_tokens(metrics)
+    title = f"{protocol.task} · {args.data} · N={protocol.count} · {protocol.image_size_px} px"
+    table = Table(title=f"{title} · protocol {protocol.fingerprint}", title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
-    return table
+    for row in rows:
+        table.add_row(*row)
+    _print(table, notes, path)
 
 
 def _print(table: Table, notes: list[str], path: Path | None = None) -> None:
-    console.print(table)
+    # Wider than the terminal rather than with digits cut off.
+    least = Measurement.get(console, console.options.update(width=1000), table).minimum
+    table.width = least if least > console.width else None
+    console.print(table, crop=False)
     for note in notes:
         console.print(note, highlight=False, soft_wrap=True)
     if path:

@@ -1,12 +1,13 @@
 """How good and how varied samples are: gFID, precision, recall, class accuracy and the share of copies.
 
 gFID, precision and recall compare with real images of the reference split (the field's convention is the training
-set). The same numbers for real held-out images stand beside them: what a perfect generator could reach here.
+set). The same numbers for real held-out images stand below them: what a perfect generator could reach here. An ordered
+code gives one row for each number of tokens that samples are decoded from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from vistok.eval.features import FeatureNetwork
 from vistok.eval.fid import DEFINITION, FrechetDistance, metric_name
 from vistok.eval.images import image_batches
 from vistok.eval.neighbours import copies_share, nearest_distance, precision_recall
-from vistok.eval.protocol import number
 from vistok.interfaces import NULL_CLASS
 from vistok.pictures import to_uint8
 from vistok.rng import seeded_generator
@@ -43,7 +43,7 @@ def balanced_classes(count: int, num_classes: int) -> Int[Tensor, " N"]:
 
 
 def measure_generation(
-    samples: UInt8[Tensor, "N 3 H W"],
+    samples: Iterable[tuple[int, UInt8[Tensor, "N 3 H W"]]],
     class_ids: Int[Tensor, " N"],
     reference: Dataset,
     held_out: Dataset,
@@ -58,8 +58,9 @@ def measure_generation(
     """Compare samples with real images.
 
     Args:
-        samples: what was generated.
-        class_ids: the class each sample was asked to show.
+        samples: numbers of tokens, and what was made from that many. One set at a time is in memory, unless copies
+            are counted.
+        class_ids: the class each sample was asked to show; alike in all sets.
         reference: real images that samples should resemble but not copy.
         held_out: real images that are not in ``reference``.
         network: for features, and for class accuracy if it knows the classes.
@@ -67,30 +68,33 @@ def measure_generation(
         batch_size: images at a time.
         workers: loader processes.
         device: where metrics are computed.
-        copies: count copies; the time grows with samples x reference images x pixels.
+        copies: count copies; the time grows with samples x reference images x pixels, and all are in memory.
         progress: called with the number of images read since the last call.
 
     Returns:
-        ``{"samples": {...}, "held_out": {...}, "counts": {...}, "copies_threshold_l2": ...}``, the first two with the
-        same metrics; the threshold is a Euclidean distance of pixels in 0..255. Class accuracy is there if every image
-        has a class. Counts are those of ``samples``, ``held_out`` and ``reference`` images.
+        ``{"tokens": {"1": {...}, ...}, "held_out": {...}, "counts": {...}, "copies_threshold_l2": ...}``, every set
+        with the same metrics; the threshold is a Euclidean distance of pixels in 0..255. Class accuracy is there if
+        every image has a class. Counts are those of ``samples`` of one set, ``held_out`` and ``reference`` images.
 
     Raises:
         UserError: if a set is too small for a metric.
     """
-    if min(len(samples), len(reference), len(held_out)) <= PRECISION_RECALL_K:
+    count = len(class_ids)
+    if min(count, len(reference), len(held_out)) <= PRECISION_RECALL_K:
         raise UserError(
-            f"generation metrics need more than {PRECISION_RECALL_K} images of each kind, got {len(samples)} samples, "
+            f"generation metrics need more than {PRECISION_RECALL_K} images of each kind, got {count} samples, "
             f"{len(reference)} reference and {len(held_out)} held-out images"
         )
     real, real_labels = _read(held_out, batch_size, workers)
+    if copies:
+        samples = list(samples)
+        pixels = torch.cat([real, *(images for _, images in samples)]).to(device)
+        nearest = torch.full((len(pixels),), torch.inf, dtype=torch.float64, device=device)
     frechet = FrechetDistance(network.num_features, keep_real=True).to(device)
     # The features of all of a big reference set would not fit in memory: precision and recall take a random part.
     rng = seeded_generator("precision_recall", seed)
-    chosen = _draw(len(reference), min(PRECISION_RECALL_MOST, max(len(samples), len(real))), rng)
+    chosen = _draw(len(reference), min(PRECISION_RECALL_MOST, max(count, len(real))), rng)
     chosen_features: list[Tensor] = []
-    nearest = torch.full((len(samples) + len(real),), torch.inf, dtype=torch.float64, device=device)
-    pixels = torch.cat([samples, real]).to(device) if copies else None
     seen = 0
     for batch in image_batches(reference, batch_size, workers):
         images = to_uint8(batch["image"]).to(device)
@@ -98,7 +102,7 @@ def measure_generation(
         frechet.update(features, real=True)
         rows = torch.arange(seen, seen + len(images))
         chosen_features.append(features[torch.isin(rows, chosen).to(device)])
-        if pixels is not None:
+        if copies:
             nearest = nearest.minimum(nearest_distance(pixels, images))
         seen += len(images)
         if progress:
@@ -106,25 +110,23 @@ def measure_generation(
 
     manifold = torch.cat(chosen_features)
     labelled = "class" in network.heads and NULL_CLASS not in torch.cat([class_ids, real_labels])
-    metrics: dict[str, Any] = {"samples": {}, "held_out": {}}
-    metrics["counts"] = {"samples": len(samples), "held_out": len(real), "reference": seen}
-    for name, images, labels in (("samples", samples, class_ids), ("held_out", real, real_labels)):
+
+    def measure(images: UInt8[Tensor, "N 3 H W"], labels: Int[Tensor, " N"]) -> dict[str, float]:
         features = torch.cat([network.features(rows.to(device)) for rows in images.split(batch_size)])
-        metrics[name] = _compare(features, manifold, frechet, network, rng)
+        row = _compare(features, manifold, frechet, network, seed)
         if labelled:
-            metrics[name]["class_accuracy"] = network.count_right(features, labels) / len(features)
+            row["class_accuracy"] = network.count_right(features, labels) / len(features)
+        return row
+
+    tokens = {str(length): measure(images, class_ids) for length, images in samples}
+    metrics: dict[str, Any] = {"tokens": tokens, "held_out": measure(real, real_labels)}
+    metrics["counts"] = {"samples": count, "held_out": len(real), "reference": seen}
     if copies:
-        share, threshold = copies_share(nearest[: len(samples)], nearest[len(samples) :], COPIES_PERCENTILE)
-        metrics["samples"]["copies_share"], metrics["held_out"]["copies_share"] = share, COPIES_PERCENTILE / 100
-        metrics["copies_threshold_l2"] = threshold
+        of_real, *of_samples = nearest.split([len(real), *[count] * len(tokens)])
+        for row, distances in zip(tokens.values(), of_samples, strict=True):
+            row["copies_share"], metrics["copies_threshold_l2"] = copies_share(distances, of_real, COPIES_PERCENTILE)
+        metrics["held_out"]["copies_share"] = COPIES_PERCENTILE / 100
     return metrics
-
-
-def side_by_side(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of a table from :func:`measure_generation`: name, value of the samples, of held-out images."""
-    counts, held_out = metrics["counts"], metrics["held_out"]
-    columns = ["metric", f"samples (N={counts['samples']})", f"real held-out images (N={counts['held_out']})"]
-    return columns, [[name, number(value), number(held_out[name])] for name, value in metrics["samples"].items()]
 
 
 def _compare(
@@ -132,9 +134,10 @@ def _compare(
     manifold: Float[Tensor, "M F"],
     frechet: FrechetDistance,
     network: FeatureNetwork,
-    rng: torch.Generator,
+    seed: int,
 ) -> dict[str, float]:
-    """Metrics of one set against the reference that ``frechet`` and ``manifold`` hold."""
+    """Metrics of one set against the reference that ``frechet`` and ``manifold`` hold, whatever sets came before."""
+    rng = seeded_generator("precision_recall", seed)
     frechet.reset()
     frechet.update(features, real=False)
     metrics = {metric_name("gFID", network): frechet.compute().item()}

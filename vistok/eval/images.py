@@ -20,7 +20,8 @@ def image_batches(
         count: take the first so many; None takes all.
 
     Yields:
-        ``{"image": float32 (B, 3, H, W) in [-1, 1], "label": int64 (B,)}``.
+        ``{"image": float32 (B, 3, H, W) in [-1, 1], "label": int64 (B,), "position": int64 (B,)}``; where nothing is
+        skipped, the position is the image's index.
     """
     seen: set[str] = set()
     for batch in make_loader(dataset, ordered_batches(count or len(dataset), batch_size), workers):
@@ -31,4 +32,4 @@ def image_batches(
                 seen.add(key)
                 rows.append(row)
         if rows:
-            yield {name: batch[name][rows] for name in ("image", "label")}
+            yield {name: batch[name][rows] for name in ("image", "label", "position")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class EvalProtocol:
     Args:
         task: "reconstruction" or "generation".
         data: the dataset's own ``description``: which images, how cropped, resized and filtered.
-        split: the split whose images are reconstructed, or held out when copies are counted.
+        split: of the images reconstructed ("all" if none were held out), or held out when copies are counted.
         count: images reconstructed or sampled.
         image_size_px: side of the images that the metrics see.
         quantised: metrics see uint8 images, rounded.
@@ -56,15 +56,20 @@ class EvalProtocol:
     @property
     def fingerprint(self) -> str:
         """12 hex digits of the SHA-256 of the canonical JSON of every field but ``models``."""
-        covered = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_FINGERPRINT}
-        canonical = json.dumps(covered, sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self._covered(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     def differences(self, other: EvalProtocol) -> list[str]:
-        """One "name: mine / theirs" line for each field of the fingerprint in which the two differ."""
-        names = [field.name for field in fields(self) if field.name not in _NOT_IN_FINGERPRINT]
-        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
-        return [f"{name}: {json.dumps(a)} / {json.dumps(b)}" for name, a, b in pairs if a != b]
+        """One "name: mine / theirs" line for each value of the fingerprint in which the two differ."""
+        mine, theirs = (
+            {name: json.dumps(value) for name, value in flatten(protocol._covered()).items()}
+            for protocol in (self, other)
+        )
+        pairs = [(name, mine.get(name, "absent"), theirs.get(name, "absent")) for name in mine | theirs]
+        return [f"{name}: {a} / {b}" for name, a, b in pairs if a != b]
+
+    def _covered(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name not in _NOT_IN_FINGERPRINT}
 
 
 def save_result(path: Path, protocol: EvalProtocol, metrics: dict[str, Any], run: dict[str, Any] | None = None) -> None:
@@ -109,10 +114,19 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
+def table_by_tokens(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table of a result: numbers of tokens, then real images where they were measured too."""
+    rows = dict(metrics["tokens"])
+    if "held_out" in metrics:
+        rows[f"real held-out images (N={metrics['counts']['held_out']})"] = metrics["held_out"]
+    columns = list(next(iter(rows.values())))
+    return ["tokens", *columns], [[name, *(number(row[column]) for column in columns)] for name, row in rows.items()]
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"a": {"b": 1}}`` as ``{"a / b": 1}``."""
-    flat: dict[str, float] = {}
-    for name, value in metrics.items():
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
         flat |= flatten(value, f"{prefix}{name} / ") if isinstance(value, dict) else {prefix + name: value}
     return flat
 

@@ -1,5 +1,7 @@
 """How well a tokenizer gives images back: PSNR, SSIM, rFID, class accuracy and codebook usage.
 
+A data set that can check its own images (:class:`~vistok.data.datamodule.CheckableDataset`) adds its figures.
+
 All image metrics see both sides as rounded uint8. Definitions, because papers differ: PSNR is the mean over images of
 each image's own PSNR in dB; SSIM is torchmetrics' (11 x 11 Gaussian of std 1.5, mirrored border, data range 255),
 not scikit-image's uniform window; rFID compares reconstructions with the very images they were made from.
@@ -8,6 +10,7 @@ not scikit-image's uniform window; rFID compares reconstructions with the very i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -75,24 +78,27 @@ def measure_reconstruction(
     seed: int = 0,
     decode_options: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
+    agreement: Callable[[int, Tensor], dict[str, float]] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Reconstruct every image from each number of tokens.
 
     Args:
         tokenizer: in evaluation mode.
-        batches: ``{"image": float32 (B, 3, H, W) in [-1, 1], "label": int64 (B,)}``.
+        batches: of :func:`vistok.eval.images.image_batches`.
         network: for rFID and class accuracy; None for neither.
         lengths: see :func:`vistok.pipeline.prefix_lengths`.
         seed: names the decoder's noise.
         decode_options: options of the tokenizer's ``decode``.
         device: where metrics are computed.
+        agreement: of a :class:`~vistok.data.datamodule.CheckableDataset`, for its figures; None for none.
         progress: called with the number of images decoded since the last call.
 
     Returns:
         ``{"tokens": {"1": {"psnr_db": ..., ...}, ...}, "codebook": {"usage": ..., ...}, "counts": {"images": N}}``.
     """
     quality = {length: ReconstructionQuality(network, device) for length in lengths}
+    figures: dict[int, list[dict[str, float]]] = {length: [] for length in lengths}
     usage = CodebookUsage(tokenizer.spec.vocab_sizes)
     seen = 0
     for batch in batches:
@@ -102,9 +108,11 @@ def measure_reconstruction(
         decoded = decode_prefixes(tokenizer, tokens, lengths, seed, size, decode_options, progress, first=seen)
         for length, columns in decoded.items():
             quality[length].update(to_uint8(images), columns, batch["label"])
+            if agreement is not None:
+                figures[length] += map(agreement, batch["position"].tolist(), columns / 127.5 - 1)
         seen += size
     return {
-        "tokens": {str(length): quality[length].compute() for length in lengths},
+        "tokens": {str(length): quality[length].compute() | _means(figures[length]) for length in lengths},
         "codebook": usage.compute(),
         "counts": {"images": seen},
     }
@@ -130,3 +138,7 @@ def picture_reconstruction(
     tokens = tokenize_images(tokenizer, images, len(images))
     decoded = decode_prefixes(tokenizer, tokens, lengths, seed, len(images), decode_options)
     return prefix_grid(to_uint8(images), decoded, [""] * len(samples))
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: fmean(row[name] for row in rows) for name in rows[0]} if rows else {}

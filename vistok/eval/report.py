@@ -8,19 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from vistok.checkpoint import SPEC, write_atomically, write_text
+from vistok.checkpoint import SPEC, write_text
 from vistok.errors import UserError
-from vistok.eval.generation import side_by_side
-from vistok.eval.protocol import EvalProtocol, flatten, load_result, number
+from vistok.eval.curves import curve_of, plot_losses
+from vistok.eval.protocol import EvalProtocol, flatten, load_result, number, table_by_tokens
 
 Result = tuple[Path, EvalProtocol, dict[str, Any], dict[str, Any]]
 """Path below the run, protocol, metrics and circumstances of one result file."""
 
 PARTS = ("tokenizer", "generator")
 HEADLINES = ("class_accuracy", "recall", "copies_share", "gFID")
-CURVES = "loss_curves.png"
+LOSSES = "loss_curves.png"
 REPORT = "report.md"
 
 
@@ -28,7 +26,7 @@ def write_report(folder: Path) -> Path:
     """Write ``loss_curves.png`` and ``report.md`` into a run with a ``tokenizer/`` and a ``generator/``.
 
     Read, where they are there: ``{tokenizer,generator}/metrics.csv``, ``spec.json`` and ``run.yaml``, and every result
-    file of ``python -m vistok.eval`` with the picture beside it.
+    file of ``python -m vistok.eval`` with the pictures beside it.
 
     Args:
         folder: the run.
@@ -49,8 +47,8 @@ def write_report(folder: Path) -> Path:
     for result in results:
         page += _result_section(folder, *result)
     if any(curves.values()):
-        plot_losses(curves, folder / CURVES)
-        page += ["## Training", "", f"![loss curves]({CURVES})", ""]
+        plot_losses(curves, folder / LOSSES)
+        page += ["## Training", "", f"![loss curves]({LOSSES})", ""]
     if stages:
         rows = [[stage, f"{seconds:.0f}"] for stage, seconds in stages]
         page += ["## Time", "", *_table(["stage", "seconds"], rows)]
@@ -85,25 +83,12 @@ def read_losses(path: Path) -> dict[str, tuple[list[float], list[float]]]:
     return curves
 
 
-def plot_losses(curves: dict[str, dict[str, tuple[list[float], list[float]]]], path: Path) -> None:
-    """One panel for each part that has curves."""
-    parts = [part for part in curves if curves[part]]
-    figure = Figure(figsize=(5.5 * len(parts), 3.6), layout="constrained")
-    for axes, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
-        for name, (steps, values) in sorted(curves[part].items()):
-            axes.plot(steps, values, label=name, marker="o" if name.startswith("val/") else None, markersize=3)
-        axes.set(title=part, xlabel="update", ylabel="loss")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
-
-
 def _results(folder: Path) -> list[Result]:
     """Reconstruction first, then generation."""
     files = [path for path in sorted(folder.rglob("*.json")) if '"fingerprint"' in path.read_text()]
     results = [(path.relative_to(folder), *load_result(path)) for path in files]
     for path, _, metrics, _ in results:
-        if "counts" not in metrics:
+        if not {"tokens", "counts"} <= metrics.keys():
             raise UserError(f"{folder / path} was written by another version of vistok: measure again or remove it")
     return sorted(results, key=lambda result: result[1].task, reverse=True)
 
@@ -116,14 +101,18 @@ def _summary(results: list[Result], stages: list[tuple[str, float]]) -> list[str
         if protocol.task == "reconstruction":
             rows.append([f"reconstruction{of}: images measured", str(metrics["counts"]["images"]), ""])
             rows += [
-                [f"reconstruction{of}: PSNR from {length} token{'s' * (length != '1')}", f"{row['psnr_db']:.2f} dB", ""]
+                [f"reconstruction{of}: PSNR from {_tokens(length)}", f"{row['psnr_db']:.2f} dB", ""]
                 for length, row in metrics["tokens"].items()
             ]
         else:
             counts = metrics["counts"]
             rows.append([f"samples{of}: images measured", str(counts["samples"]), str(counts["held_out"])])
-            named = [row for row in side_by_side(metrics)[1] if row[0].startswith(HEADLINES)]
-            rows += [[f"samples{of}: {name}", value, real] for name, value, real in named]
+            longest, row = list(metrics["tokens"].items())[-1]
+            rows += [
+                [f"samples{of}: {name} from {_tokens(longest)}", number(value), number(metrics["held_out"][name])]
+                for name, value in row.items()
+                if name.startswith(HEADLINES)
+            ]
     if stages:
         total = sum(seconds for _, seconds in stages)
         rows.append(["training and measuring (starting Python not counted)", f"{total:.0f} s", ""])
@@ -133,16 +122,15 @@ def _summary(results: list[Result], stages: list[tuple[str, float]]) -> list[str
 def _result_section(
     folder: Path, path: Path, protocol: EvalProtocol, metrics: dict[str, Any], run: dict[str, Any]
 ) -> list[str]:
-    if protocol.task == "generation":
-        lines = ["## Generation", "", *_table(*side_by_side(metrics))]
-    else:
-        columns = list(next(iter(metrics["tokens"].values())))
-        rows = [[length, *(number(row[column]) for column in columns)] for length, row in metrics["tokens"].items()]
-        lines = [f"## Reconstruction of {protocol.count} images", "", *_table(["tokens", *columns], rows)]
+    lines = [f"## {protocol.task.capitalize()} of {protocol.count} images", "", *_table(*table_by_tokens(metrics))]
+    if "codebook" in metrics:
         lines += [", ".join(f"codebook {metric} {number(value)}" for metric, value in metrics["codebook"].items()), ""]
-    picture = path.with_suffix(".png")
-    if (folder / picture).is_file():
-        lines += [f"![{protocol.task}]({picture})", ""]
+    pictures = {protocol.task: path.with_suffix(".png")}
+    if len(metrics["tokens"]) > 1:  # an older curve may lie beside a single count
+        pictures[f"{protocol.task} by tokens"] = curve_of(path)
+    for name, picture in pictures.items():
+        if (folder / picture).is_file():
+            lines += [f"![{name}]({picture})", ""]
     if "command" in run:
         spent = f"{run['seconds']:g} s, peak memory {run['peak_memory_mb']} MB, {run['device']}"
         lines += ["Measured by", "", "```", run["command"], "```", "", f"in {spent}.", ""]
@@ -159,6 +147,10 @@ def _conditions(protocol: EvalProtocol) -> str:
         f"{protocol.data.get('name', 'the data')}, weights: {weights}, features: "
         f"{protocol.features.get('name', 'none')}, seed {protocol.seed}, {settings}"
     )
+
+
+def _tokens(length: str) -> str:
+    return f"{length} token{'s' * (length != '1')}"
 
 
 def _stages(folder: Path, results: list[Result]) -> list[tuple[str, float]]:

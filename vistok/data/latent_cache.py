@@ -1,0 +1,149 @@
+"""``latent_cache``: a data set as a frozen VAE sees it, computed once, so that tokenizers train without its encoder.
+
+A folder of a table for each split, of which loaders read the rows that they need, and what belongs to it:
+
+    {split}.npy     float16 (P, M, C, h, w): pass, image, latent
+    latents.json    hash of the VAE, size of the images, and for each split what the data are, labels, keys, captions
+
+Pass 0 holds the images as they are, each further pass of the training split augments them anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import MISSING
+from torch import Tensor
+
+from vistok.data.cache import Cache, go_through, passes_of, read_header, write_header
+from vistok.data.datamodule import Dataset
+from vistok.data.output import new_folder
+from vistok.errors import UserError
+from vistok.interfaces import Tokenizer
+
+HEADER = "latents.json"
+
+
+@dataclass
+class Config:
+    """``path``: the folder of the cache."""
+
+    path: str = MISSING
+
+
+class LatentCache(Cache):
+    """The latents of one split; a sample has ``latent`` float32 ``(C, h, w)`` instead of an image.
+
+    Attributes:
+        latent_hash: of the VAE that made them; compare with :func:`check_vae`.
+
+    Raises:
+        UserError: if the folder is no whole cache, or lacks the split, or is for another image size.
+    """
+
+    def __init__(self, config: Config, split: str, image_size_px: int) -> None:
+        folder = Path(config.path)
+        header = read_header(folder / HEADER, ("image_size_px", "latent_hash"), "latent cache", "latents")
+        super().__init__(header, split, folder)
+        if header["image_size_px"] != image_size_px:
+            raise UserError(f"{folder} holds latents of {header['image_size_px']} px images, not of {image_size_px} px")
+        self.file = folder / f"{split}.npy"
+        self.labels = torch.tensor(self.part["labels"])
+        try:
+            self.passes = len(self.latents)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{self.file} is no complete table of latents: {error}") from None
+        self.latent_hash: str = header["latent_hash"]
+        self.description = {
+            "name": "latent_cache",
+            "split": split,
+            "latent_hash": self.latent_hash,
+            "passes": self.passes,
+            "data": self.part["data"],
+        }
+
+    @cached_property
+    def latents(self) -> np.ndarray:
+        """The table, on the disk."""
+        return np.load(self.file, mmap_mode="r")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A mapped file pickles as all that is in it: loader processes map it anew.
+        return {key: value for key, value in self.__dict__.items() if key != "latents"}
+
+    def stored(self, number: int, index: int) -> dict[str, Tensor]:
+        return {"latent": torch.from_numpy(self.latents[number, index].astype(np.float32))}
+
+
+def build(config: Config, split: str, image_size_px: int) -> LatentCache:
+    """The latents of ``split``."""
+    return LatentCache(config, split, image_size_px)
+
+
+def check_vae(dataset: LatentCache, tokenizer: Tokenizer) -> None:
+    """Refuse latents that are not those of the tokenizer's VAE.
+
+    Raises:
+        UserError: if it has none, or another one; naming both hashes.
+    """
+    if tokenizer.latent_shape is None:
+        raise UserError("data: these are latents of a VAE, and this tokenizer has none: train it on images")
+    if dataset.latent_hash != tokenizer.latent_hash:
+        raise UserError(
+            f"these latents were made by VAE {dataset.latent_hash[:12]}, the tokenizer's is "
+            f"{tokenizer.latent_hash[:12]}: make them again (python -m vistok.data latents)"
+        )
+
+
+def extract(
+    tokenizer: Tokenizer,
+    datasets: dict[str, Dataset],
+    out: str | Path,
+    batch_size: int = 32,
+    passes: int = 1,
+    seed: int = 0,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write the latent cache of a data set.
+
+    Args:
+        tokenizer: whose VAE it is; its other weights play no part.
+        datasets: the splits, by name.
+        out: the folder to make.
+        batch_size: images encoded at once.
+        passes: of the training split; the others get one.
+        seed: pass p > 0 augments image i by a stream that (seed, p, i) names.
+        workers: loader processes.
+        device: where to encode.
+        progress: called with the number of images done since the last call.
+
+    Raises:
+        UserError: if ``out`` exists, a number is out of range, the tokenizer has no VAE, or the disk is full.
+    """
+    shape = tokenizer.latent_shape
+    if shape is None:
+        raise UserError("this tokenizer has no VAE (its argument vae): there are no latents to cache")
+
+    def encode(images: Tensor) -> bytes:
+        return tokenizer.encode_latent(images.to(device)).to("cpu", torch.float16).numpy().tobytes()
+
+    splits: dict[str, dict[str, Any]] = {}
+    with new_folder(out) as folder:
+        for split, dataset in datasets.items():
+            count = passes_of(split, passes)
+            # Written as it comes, not through a mapped file: that would end the process where the disk is full.
+            with open(folder / f"{split}.npy", "wb") as file:
+                table = {"descr": "<f2", "fortran_order": False, "shape": (count, len(dataset), *shape)}
+                np.lib.format.write_array_header_1_0(file, table)
+                part, labels = go_through(dataset, count, encode, file.write, batch_size, seed, workers, progress)
+            splits[split] = {**part, "labels": labels.tolist()}
+        values = {"image_size_px": tokenizer.spec.image_size_px, "latent_hash": tokenizer.latent_hash}
+        write_header(folder / HEADER, datasets, splits, **values)
