@@ -1,35 +1,60 @@
 """Turn a released checkpoint into an export folder that every command line takes.
 
 python -m vistok.published flextok EPFL-VILAB/flextok_d12_d12_in1k --out weights/flextok_d12_d12
+python -m vistok.published masked tokenbridge_large --tokenizer weights/tokenbridge_kl16 --out weights/tokenbridge_large
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 from vistok import cli
-from vistok.checkpoint import export
-from vistok.config import Component, component_module, to_plain
+from vistok.checkpoint import export, export_hash, export_info
+from vistok.config import Component, available, component_module, to_plain
 from vistok.errors import UserError
+from vistok.tokens import TokenSpec
 
 
 def main() -> None:
     """Parse the command line and convert."""
     parser = cli.ArgumentParser(prog="python -m vistok.published", description=__doc__.splitlines()[0])
-    parser.add_argument("tokenizer", help="name of the model, such as flextok")
+    parser.add_argument("model", help="name of the tokenizer or generator, such as flextok")
     parser.add_argument("source", help="folder or file of the release, or a repository of the Hugging Face hub")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="export folder to write")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="of a generator: export of the tokenizer whose tokens it models"
+    )
     args = parser.parse_args()
-    module = component_module("tokenizers", args.tokenizer)
+    kind = "generator" if args.model in available("generators") else "tokenizer"
+    module = component_module(f"{kind}s", args.model)
     if not hasattr(module, "from_published"):
-        raise UserError(f"{args.tokenizer} has no released checkpoints that can be read")
+        raise UserError(f"{args.model} has no released checkpoints that can be read")
+    if (kind == "generator") != (args.tokenizer is not None):
+        raise UserError(f"{args.model} is a {kind}: --tokenizer is for generators, which need it")
     if args.out.exists():
         raise UserError(f"{args.out} exists: give another --out")
     model = module.from_published(args.source)
-    component = Component(args.tokenizer, to_plain(model.config))
+    component = Component(args.model, to_plain(model.config))
     extra = {"weights": "published", "source": args.source}
-    export(args.out, "tokenizer", component, model.spec, model.state_dict(), extra, model.frozen_helpers)
-    print(f"{args.out}: {args.tokenizer}, {model.spec.image_size_px} px, {model.spec.num_positions} tokens")
+    if kind == "generator":
+        extra |= modelled(args.tokenizer, model.spec, args.out)
+    helpers = model.frozen_helpers if kind == "tokenizer" else None
+    export(args.out, kind, component, model.spec, model.state_dict(), extra, helpers)
+    print(f"{args.out}: {args.model}, {model.spec.image_size_px} px, {model.spec.num_positions} tokens")
+
+
+def modelled(tokenizer: Path, spec: TokenSpec, out: Path) -> dict[str, Any]:
+    """What an export in ``out`` says about the tokenizer whose tokens a generator models.
+
+    Raises:
+        UserError: if its tokens are of another shape than ``spec``.
+    """
+    found = export_info(tokenizer)["spec"]
+    if found != spec:
+        raise UserError(f"{tokenizer} makes tokens of {found}, the generator models {spec}")
+    return {"tokenizer": os.path.relpath(tokenizer, out), "tokenizer_hash": export_hash(tokenizer)}
 
 
 if __name__ == "__main__":

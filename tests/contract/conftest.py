@@ -1,12 +1,15 @@
 import pytest
 import torch
 
-from tiny_models.models import SPECS, make_generator, make_tokenizer
+from tiny_models.args import VARIANTS
+from tiny_models.models import SPECS, make_generator, make_tokenizer, tokenizer_names
+from tiny_models.text import condition_for
 from vistok.config import available
 from vistok.errors import UserError
+from vistok.interfaces import Tokenizer
 
 
-@pytest.fixture(params=available("tokenizers"))
+@pytest.fixture(params=tokenizer_names(Tokenizer))
 def tokenizer(request):
     return make_tokenizer(request.param)
 
@@ -18,17 +21,25 @@ def images(tokenizer):
 
 
 def accepted_layouts():
-    """``(generator, layout)`` for every registered generator and every layout that it does not refuse."""
+    """``(generator, variant, layout)`` for every registered generator and every layout that it does not refuse."""
     for name in available("generators"):
         for layout, spec in SPECS.items():
             try:
                 make_generator(name, spec)
             except UserError:
                 continue
-            yield name, layout
+            for variant in ("plain", *VARIANTS.get(name, {})):
+                yield name, variant, layout
 
 
 @pytest.fixture(params=accepted_layouts(), ids="-".join)
 def generator(request):
-    name, layout = request.param
-    return make_generator(name, SPECS[layout])
+    name, variant, layout = request.param
+    args = {} if variant == "plain" else VARIANTS[name][variant]
+    return make_generator(name, SPECS[layout], **args)
+
+
+@pytest.fixture
+def condition(generator):
+    """Four rows, the last without class or text."""
+    return condition_for(generator)

@@ -99,10 +99,12 @@ class Case:
     def _input(self, description):
         if "stored" in description:
             return self.stored[description["stored"]]
+        if "value" in description:
+            return description["value"]
         kind = description["kind"]
         if kind == "values":
             return torch.tensor(description["values"])
-        if kind == "image":
+        if kind in ("image", "image_batch"):
             return wave_images(description["batch"], description["size"], description["seed"])
         random = np.random.RandomState(description["seed"])
         if kind == "randint":

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from tiny_models.args import VARIANTS
+from tiny_models.text import condition_for
 from vistok.config import Component, build
 from vistok.data.datamodule import load_data
-from vistok.interfaces import ClassCondition, SampleOptions
+from vistok.interfaces import SampleOptions
 from vistok.pictures import to_uint8
 from vistok.pipeline import decode_prefixes, tokenize_images
 from vistok.rng import SampleRng, seeded_generator
@@ -33,10 +35,16 @@ TOKENIZER = Component(
         "steps": 1,
     },
 )
-GENERATOR = Component(
-    "gpt",
-    {"width": 64, "depth": 2, "heads": 2, "num_classes": 16, "mlp_multiple": 32, "dropout": 0.0, "class_dropout": 0.0},
-)
+GENERATOR = {
+    "width": 64,
+    "depth": 2,
+    "heads": 2,
+    "num_classes": 16,
+    "text_width": 16,
+    "mlp_multiple": 32,
+    "dropout": 0.0,
+    "condition_dropout": 0.0,
+}
 
 
 def optimise(model, loss, updates, peak, warmup=30):
@@ -79,11 +87,13 @@ def test_flextok_learns_sixteen_images_by_heart(tokenizer, images):
     assert psnr_db(to_uint8(images), decoded[1]) < psnr_db(to_uint8(images), decoded[16]) - 5
 
 
-def test_gpt_learns_their_tokens_by_heart(tokenizer, images):
+@pytest.mark.parametrize("variant", [{}, VARIANTS["gpt"]["text"]], ids=["classes", "texts"])
+def test_gpt_learns_their_tokens_by_heart(tokenizer, images, variant):
     tokens = tokenize_images(tokenizer, images, 16)
     assert len(tokens.ids.unique(dim=0)) == 16
     torch.manual_seed(0)
-    model, condition = build("generators", GENERATOR, tokenizer.spec), ClassCondition(torch.arange(16))
+    model = build("generators", Component("gpt", {**GENERATOR, **variant}), tokenizer.spec)
+    condition = condition_for(model, 16)
     first = model(tokens, condition, seeded_generator("generator", 0)).total.item()
     assert first == pytest.approx(math.log(125), abs=1e-4)
     optimise(model, lambda update: model(tokens, condition, seeded_generator("generator", update)).total, 200, 3e-3)

@@ -1,0 +1,136 @@
+"""TokenBridge: any continuous tokenizer becomes discrete after its training.
+
+Wang et al., "Bridging Continuous and Discrete Tokens for Autoregressive Visual Generation", 2025 (arXiv 2503.16430).
+
+    image --latent tokenizer, frozen--> latents (B,N,C) --each channel to one of its levels--> ids (B,N,C)
+
+Composition, no model: there is nothing to train. A position has one slot for each channel. The slots stand in the order
+in which a generator predicts them, channels of low spatial frequency first; latents keep the channels' own order.
+
+``python -m vistok.discretize`` makes one for given latents. The published one is the KL-16 autoencoder with the
+published table and order, which need no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from omegaconf import MISSING
+from torch import Tensor
+
+from vistok.checkpoint import ExportFolder, export_hash, load_autoencoder
+from vistok.errors import UserError
+from vistok.interfaces import LatentTokenizer, LossReport, Tokenizer
+from vistok.nn.frozen import Frozen
+from vistok.quantizers.dimensionwise import DimensionwiseQuantizer
+from vistok.rng import SampleRng
+from vistok.tokens import Tokens
+
+
+@dataclass
+class Config:
+    """What is quantized, and how finely.
+
+    Args:
+        tokenizer: folder of an exported latent tokenizer.
+        tokenizer_hash: of the export that the tables were fitted for; None for any.
+        levels: of each channel.
+    """
+
+    tokenizer: str = MISSING
+    tokenizer_hash: str | None = None
+    levels: int = 64
+
+
+class TokenBridge(Tokenizer):
+    """See the module docstring; build it with :func:`build`.
+
+    A new one has the published table, and the channels in their own order.
+
+    Args:
+        config: where ``tokenizer`` was read from, and the number of levels.
+        tokenizer: the latent tokenizer.
+    """
+
+    order: Tensor
+
+    def __init__(self, config: Config, tokenizer: LatentTokenizer) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = Frozen(tokenizer)
+        channels = tokenizer.spec.latent_dim
+        self.spec = replace(tokenizer.spec, vocab_sizes=(config.levels,) * channels)
+        self.quantizer = DimensionwiseQuantizer(channels, config.levels)
+        self.register_buffer("order", torch.arange(channels))
+
+    def set_order(self, order: Sequence[int] | Int[Tensor, " C"]) -> None:
+        """Let slot i hold channel ``order[i]``.
+
+        Raises:
+            UserError: unless every channel occurs once.
+        """
+        order = torch.as_tensor(order, device=self.order.device)
+        if sorted(order.tolist()) != list(range(self.spec.latent_dim)):
+            raise UserError(f"an order must name each of {self.spec.latent_dim} channels once, got {order.tolist()}")
+        self.order.copy_(order)
+
+    @property
+    def decode_defaults(self) -> dict[str, Any]:
+        """Those of the latent tokenizer."""
+        return self.tokenizer.module.decode_defaults
+
+    @property
+    def frozen_helpers(self) -> dict[str, Any]:
+        """The latent tokenizer."""
+        return {"tokenizer": ExportFolder(self.config.tokenizer)}
+
+    @torch.no_grad()
+    def tokenize(self, images: Float[Tensor, "B 3 H W"]) -> Tokens:
+        """Ids of the nearest levels, one slot for each channel."""
+        with self.tokenizer.exact(images.device):
+            latents = self.tokenizer.on(images.device).encode(images)
+        return Tokens(self.quantizer.quantize(latents)[..., self.order], self.spec)
+
+    def embed(self, tokens: Tokens) -> Float[Tensor, "B N C"]:
+        """Latents at the levels, channels in their own order."""
+        return self.quantizer.decode(tokens.ids[..., self.order.argsort()])
+
+    @torch.no_grad()
+    def decode(
+        self, tokens: Tokens | Float[Tensor, "B N C"], rng: SampleRng | None = None, **options: Any
+    ) -> Float[Tensor, "B 3 H W"]:
+        """Images of ids, or of any latents; options are those of the latent tokenizer."""
+        latents = self.embed(tokens) if isinstance(tokens, Tokens) else tokens
+        with self.tokenizer.exact(latents.device):
+            return self.tokenizer.on(latents.device).decode(latents, rng, **options)
+
+    def training_loss(self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator) -> LossReport:
+        """Refused.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "tokenbridge has nothing to train: it is fitted to a latent tokenizer (python -m vistok.discretize)"
+        )
+
+
+def build(config: Config) -> TokenBridge:
+    """A TokenBridge with the published table on the latent tokenizer in ``config.tokenizer``.
+
+    Raises:
+        UserError: if that is no continuous tokenizer, or another than the tables were fitted for.
+    """
+    tokenizer = load_autoencoder(config.tokenizer)
+    if not isinstance(tokenizer, LatentTokenizer):
+        raise UserError(f"tokenbridge: {config.tokenizer} holds a tokenizer that is discrete already")
+    if config.tokenizer_hash is not None and (found := export_hash(config.tokenizer)) != config.tokenizer_hash:
+        raise UserError(
+            f"tokenbridge: {config.tokenizer} is not the tokenizer that the quantizer was fitted for (hash "
+            f"{found[:12]}, expected {config.tokenizer_hash[:12]}): fit it again (python -m vistok.discretize)"
+        )
+    return TokenBridge(config, tokenizer)
