@@ -83,7 +83,8 @@ def main() -> None:
     for side in SIDES:
         faster, smaller = seconds["distances"] / seconds[side], memory["distances"] / max(memory[side], 1)
         print(
-            f"{side:9s} {seconds[side] * 1e3:8.2f} ms ({faster:6.1f} x)   {memory[side] / 1e6:7.1f} MB ({smaller:5.1f} x)"
+            f"{side:9s} {seconds[side] * 1e3:8.2f} ms ({faster:6.1f} x)   "
+            f"{memory[side] / 1e6:7.1f} MB ({smaller:5.1f} x)"
         )
     print(f"values whose level differs between lookup and distances: {differing} of {x.numel()}")
 

@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vistok.rng import SampleRng
 from vistok.tokenizers.flextok import Config, FlexTok
-from vistok.tokenizers.flextok_published import make_vae
 
 SIZES = {"d12-d12": (12, 12), "d18-d18": (18, 18), "d18-d28": (18, 28)}
 
@@ -59,7 +59,14 @@ def main() -> None:
     encoder, decoder = SIZES[args.size]
     sizes = {"encoder_depth": encoder, "encoder_width": 64 * encoder}
     sizes |= {"decoder_depth": decoder, "decoder_width": 64 * decoder}
-    model = FlexTok(Config(vae_scale=1.0, **sizes), make_vae(16)).to(args.device).eval()
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=16,
+    )
+    model = FlexTok(Config(vae_scale=1.0, **sizes), vae).to(args.device).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     if args.compile:

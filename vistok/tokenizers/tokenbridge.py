@@ -7,8 +7,8 @@ Wang et al., "Bridging Continuous and Discrete Tokens for Autoregressive Visual 
 Composition, no model: there is nothing to train. A position has one slot for each channel. The slots stand in the order
 in which a generator predicts them, channels of low spatial frequency first; latents keep the channels' own order.
 
-``python -m vistok.discretize`` makes one for given latents. The published one is the KL-16 autoencoder with the
-published table and order, which need no data.
+``python -m vistok.discretize`` fits one to given latents. The published one is the KL-16 autoencoder with the published
+table and order: there is nothing to fit, only costs to measure.
 """
 
 from __future__ import annotations
