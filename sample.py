@@ -12,18 +12,18 @@ import torch
 from tqdm import tqdm
 
 from vistok import cli
-from vistok.checkpoint import export_info, load_text_encoder, load_tokenizer
+from vistok.checkpoint import export_info, load_autoencoder, load_text_encoder
 from vistok.data.datamodule import load_images
 from vistok.errors import UserError
 from vistok.interfaces import NULL_CLASS, ClassCondition, Condition, Generator, SampleOptions
 from vistok.pictures import prefix_grid, save_images, save_png, to_uint8
 from vistok.pipeline import (
     decode_prefixes,
+    encode_images,
     load_models,
     prefix_lengths,
     read_decode_options,
     sample_images,
-    tokenize_images,
 )
 
 EXAMPLES = """writes for a generator:
@@ -135,7 +135,7 @@ def reconstruct(args: argparse.Namespace) -> None:
     """Write a grid (rows are images, columns the original and numbers of tokens), and each column as files."""
     if args.images is None:
         raise UserError(f"{args.checkpoint} holds a tokenizer: give the images to reconstruct with --images DIR")
-    tokenizer = load_tokenizer(args.checkpoint, args.device)
+    tokenizer = load_autoencoder(args.checkpoint, args.device)
     lengths, decode = prefix_lengths(tokenizer.spec, args.tokens), read_decode_options(tokenizer, args.decode)
     size = tokenizer.spec.image_size_px
     data = load_images(args.images, "val", size, val_fraction=1.0, on_error=args.on_error or "stop")
@@ -143,7 +143,7 @@ def reconstruct(args: argparse.Namespace) -> None:
     found = {sample["key"]: sample["image"] for sample in map(data.get, range(min(args.count, len(data))))}
     images = torch.stack(list(found.values()))
     with tqdm(total=len(images) * len(lengths), desc="reconstruct", unit="img", leave=False) as bar:
-        tokens = tokenize_images(tokenizer, images, args.batch_size)
+        tokens = encode_images(tokenizer, images, args.batch_size)
         decoded = decode_prefixes(tokenizer, tokens, lengths, args.seed, args.batch_size, decode, bar.update)
     originals, unlabelled = to_uint8(images), [""] * len(images)
     save_images(args.out / "original", originals, unlabelled)

@@ -19,13 +19,16 @@ from torch import Tensor, nn
 from vistok.checkpoint import load_generator, load_tokenizer, tokenizer_folder
 from vistok.config import nearest, parse_overrides
 from vistok.errors import UserError
-from vistok.interfaces import Condition, Generator, SampleOptions, Tokenizer
+from vistok.interfaces import Autoencoder, Condition, Generator, LatentTokenizer, SampleOptions, Tokenizer
 from vistok.pictures import to_uint8
 from vistok.rng import SampleRng, derive_seed
 from vistok.tokens import Ordered1D, Tokens, TokenSpec
 
 Progress = Callable[[int], None]
 """Called with the number of images finished since the last call."""
+
+Code = Tokens | Float[Tensor, "N n C"]
+"""What an autoencoder makes of images: tokens, or the latents of a continuous one."""
 
 
 def load_models(
@@ -65,7 +68,7 @@ def prefix_lengths(spec: TokenSpec, wanted: list[int] | None = None) -> list[int
     return sorted(set(wanted))
 
 
-def read_decode_options(tokenizer: Tokenizer, pairs: list[str]) -> dict[str, Any]:
+def read_decode_options(tokenizer: Autoencoder, pairs: list[str]) -> dict[str, Any]:
     """All options of a tokenizer's ``decode``: what ``key=value`` words of a command line say, else its defaults.
 
     Raises:
@@ -151,36 +154,46 @@ def tokenize_images(tokenizer: Tokenizer, images: Float[Tensor, "N 3 H W"], batc
     return Tokens(torch.cat(ids), tokenizer.spec)
 
 
+def encode_images(autoencoder: Autoencoder, images: Float[Tensor, "N 3 H W"], batch_size: int) -> Code:
+    """The code of images in [-1, 1], on the CPU."""
+    if isinstance(autoencoder, Tokenizer):
+        return tokenize_images(autoencoder, images, batch_size)
+    assert isinstance(autoencoder, LatentTokenizer)
+    device = _device(autoencoder)
+    return torch.cat([autoencoder.encode(batch.to(device)).cpu() for batch in images.split(batch_size)])
+
+
 def decode_images(
-    tokenizer: Tokenizer,
-    tokens: Tokens,
+    autoencoder: Autoencoder,
+    code: Code,
     seed: int,
     batch_size: int,
     decode_options: dict[str, Any] | None = None,
     progress: Progress | None = None,
     first: int = 0,
 ) -> UInt8[Tensor, "N 3 H W"]:
-    """Images of tokens, on the CPU; token ``i`` is image ``first + i`` of the set that ``seed`` names.
+    """Images of a code, on the CPU; row ``i`` is image ``first + i`` of the set that ``seed`` names.
 
     Every prefix of a code is decoded from the same noise.
     """
-    device = _device(tokenizer)
+    device = _device(autoencoder)
     images = []
-    for start in range(0, len(tokens), batch_size):
-        ids = tokens.ids[start : start + batch_size].to(device)
+    for start in range(0, len(code), batch_size):
+        rows = slice(start, start + batch_size)
+        part = Tokens(code.ids[rows].to(device), code.spec) if isinstance(code, Tokens) else code[rows].to(device)
         # Not the generator's streams: those are spent to a depth that depends on the number of tokens.
-        rng = SampleRng([derive_seed("decode", seed, first + start + row) for row in range(len(ids))])
+        rng = SampleRng([derive_seed("decode", seed, first + start + row) for row in range(len(part))])
         with torch.no_grad():
-            decoded = tokenizer.decode(Tokens(ids, tokens.spec), rng=rng, **(decode_options or {}))
+            decoded = autoencoder.decode(part, rng=rng, **(decode_options or {}))
         images.append(to_uint8(decoded).cpu())
         if progress:
-            progress(len(ids))
+            progress(len(part))
     return torch.cat(images)
 
 
 def decode_prefixes(
-    tokenizer: Tokenizer,
-    tokens: Tokens,
+    autoencoder: Autoencoder,
+    code: Code,
     lengths: list[int],
     seed: int,
     batch_size: int,
@@ -191,8 +204,8 @@ def decode_prefixes(
     """Images of each of ``lengths`` (see :func:`prefix_lengths`) first tokens; the rest as :func:`decode_images`."""
     return {
         length: decode_images(
-            tokenizer,
-            tokens.prefix(length) if tokens.is_ordered else tokens,
+            autoencoder,
+            code.prefix(length) if isinstance(code, Tokens) and code.is_ordered else code,
             seed,
             batch_size,
             decode_options,

@@ -6,6 +6,7 @@ python -m vistok.published masked tokenbridge_large --tokenizer weights/tokenbri
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="of a generator: export of the tokenizer whose tokens it models"
     )
+    parser.add_argument(
+        "--image-size", type=cli.positive_int, metavar="PX", help="of a model for any size (default: as released)"
+    )
     args = parser.parse_args()
     kind = "generator" if args.model in available("generators") else "tokenizer"
     module = component_module(f"{kind}s", args.model)
@@ -33,16 +37,20 @@ def main() -> None:
         raise UserError(f"{args.model} has no released checkpoints that can be read")
     if (kind == "generator") != (args.tokenizer is not None):
         raise UserError(f"{args.model} is a {kind}: --tokenizer is for generators, which need it")
+    options = {} if args.image_size is None else {"image_size": args.image_size}
+    if options.keys() - inspect.signature(module.from_published).parameters.keys():
+        raise UserError(f"{args.model} has the image size of its release: leave out --image-size")
     if args.out.exists():
         raise UserError(f"{args.out} exists: give another --out")
-    model = module.from_published(args.source)
+    model = module.from_published(args.source, **options)
     component = Component(args.model, to_plain(model.config))
     extra = {"weights": "published", "source": args.source}
     if kind == "generator":
         extra |= modelled(args.tokenizer, model.spec, args.out)
     helpers = model.frozen_helpers if kind == "tokenizer" else None
+    scale = f", scaling_factor {component.args['scaling_factor']}" if "scaling_factor" in component.args else ""
     export(args.out, kind, component, model.spec, model.state_dict(), extra, helpers)
-    print(f"{args.out}: {args.model}, {model.spec.image_size_px} px, {model.spec.num_positions} tokens")
+    print(f"{args.out}: {args.model}, {model.spec.image_size_px} px, {model.spec.num_positions} tokens{scale}")
 
 
 def modelled(tokenizer: Path, spec: TokenSpec, out: Path) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from tiny_models.args import TINY_ARGS
-from tiny_models.exports import export_tokenbridge
+from tiny_models.models import exported_tokenizer
 from tiny_models.runs import ROOT, read_state
 from tiny_models.text import save_t5
-from vistok.checkpoint import export_info, load_generator, load_tokenizer
+from vistok.checkpoint import export_info, load_autoencoder, load_generator
 from vistok.config import Component
 from vistok.training.run import DataConfig, LogConfig, RunConfig, load_config, train
 
@@ -48,7 +48,7 @@ def tokenizers(tmp_path_factory):
         "tokenizer: {name: flextok}\ndata: {name: digits}\ntrainer: {max_updates: 2}\noutput: x"
     )
     train(shrunk(load_config(folder / "run.yaml", []), folder / "out"))
-    return {"flextok": folder / "out", "tokenbridge": export_tokenbridge(folder / "tokenbridge")}
+    return {"flextok": folder / "out", "tokenbridge": Path(exported_tokenizer("tokenbridge").name)}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_config_trains_two_tiny_steps(path, tmp_path, tokenizers, t5):
     train(shrunk(config, tmp_path / "run"))
     assert read_state(tmp_path / "run")["updates"] == 2
     assert list((tmp_path / "run" / "pictures").glob("*.png"))
-    model = (load_tokenizer if config.generator is None else load_generator)(tmp_path / "run")
+    model = (load_autoencoder if config.generator is None else load_generator)(tmp_path / "run")
     assert model.spec == export_info(tmp_path / "run")["spec"]
 
 

@@ -21,18 +21,6 @@ def export_tokenizer(folder: Path, **args: Any) -> Path:
     return folder
 
 
-def export_tokenbridge(folder: Path, **args: Any) -> Path:
-    """A TokenBridge of 16 px images, 4 x 4 positions of 3 slots, and its KL-VAE in ``folder/../vae``."""
-    sizes = {"block_out_channels": [8, 8, 8], "latent_channels": 3, "norm_num_groups": 4, "layers_per_block": 1}
-    component = Component("klvae", {"image_size": 16, "encoder_attention": False, **sizes})
-    model = _randomised(build("tokenizers", component), 0)
-    export(folder.parent / "vae", "tokenizer", component, model.spec, model.state_dict())
-    component = Component("tokenbridge", {"tokenizer": str(folder.parent / "vae"), "levels": 8, **args})
-    model = build("tokenizers", component)
-    export(folder, "tokenizer", component, model.spec, model.state_dict(), helpers=model.frozen_helpers)
-    return folder
-
-
 def export_generator(folder: Path, tokenizer: Path, class_names: list[str], **args: Any) -> Path:
     """A GPT of ten classes for the tokens of ``tokenizer``, which lies beside it."""
     component = Component("gpt", {**TINY_ARGS["generators"]["gpt"], **args})

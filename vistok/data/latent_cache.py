@@ -25,7 +25,7 @@ from vistok.data.cache import Cache, go_through, passes_of, read_header, write_h
 from vistok.data.datamodule import Dataset
 from vistok.data.output import new_folder
 from vistok.errors import UserError
-from vistok.interfaces import Tokenizer
+from vistok.interfaces import Autoencoder
 
 HEADER = "latents.json"
 
@@ -86,7 +86,7 @@ def build(config: Config, split: str, image_size_px: int) -> LatentCache:
     return LatentCache(config, split, image_size_px)
 
 
-def check_vae(dataset: LatentCache, tokenizer: Tokenizer) -> None:
+def check_vae(dataset: LatentCache, tokenizer: Autoencoder) -> None:
     """Refuse latents that are not those of the tokenizer's VAE.
 
     Raises:
@@ -102,7 +102,7 @@ def check_vae(dataset: LatentCache, tokenizer: Tokenizer) -> None:
 
 
 def extract(
-    tokenizer: Tokenizer,
+    tokenizer: Autoencoder,
     datasets: dict[str, Dataset],
     out: str | Path,
     batch_size: int = 32,

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from vistok.checkpoint import export_hash, export_info, load_tokenizer
+from vistok.checkpoint import export_hash, export_info, load_autoencoder
 from vistok.cli import ArgumentParser, add_data_flags, flag_for, main, positive_int, token_counts, usable_device
 from vistok.config import parse_overrides
 from vistok.data.datamodule import CheckableDataset, load_images
@@ -53,7 +53,7 @@ EXAMPLES = """examples:
 def run_reconstruction(args: argparse.Namespace) -> None:
     """Measure a tokenizer on real images."""
     started = time.perf_counter()
-    tokenizer = load_tokenizer(args.checkpoint, args.device)
+    tokenizer = load_autoencoder(args.checkpoint, args.device)
     lengths = prefix_lengths(tokenizer.spec, args.tokens)
     decode = read_decode_options(tokenizer, args.decode)
     # All images of a folder without train/ and val/: here nothing needs to be held out.
@@ -90,10 +90,10 @@ def run_reconstruction(args: argparse.Namespace) -> None:
         models={"tokenizer": export_hash(args.checkpoint)},
     )
     save_png(picture, args.out / "reconstruction.png")
-    codebook = ", ".join(
-        f"{name} {number(metrics['codebook'][name])}" for name in ("usage", "entropy_bits", "perplexity")
-    )
-    notes = [f"codebook: {codebook}"] + (fid_notes(network, protocol.count, protocol.count) if network else [])
+    notes = fid_notes(network, protocol.count, protocol.count) if network else []
+    if codebook := metrics["codebook"]:
+        figures = (f"{name} {number(codebook[name])}" for name in ("usage", "entropy_bits", "perplexity"))
+        notes.insert(0, f"codebook: {', '.join(figures)}")
     _save(args, started, protocol, metrics, notes)
 
 

@@ -22,9 +22,10 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from vistok.eval.codebook import CodebookUsage
 from vistok.eval.features import FeatureNetwork
 from vistok.eval.fid import DEFINITION, FrechetDistance, metric_name
-from vistok.interfaces import Tokenizer
+from vistok.interfaces import Autoencoder
 from vistok.pictures import prefix_grid, to_uint8
-from vistok.pipeline import decode_prefixes, tokenize_images
+from vistok.pipeline import decode_prefixes, encode_images
+from vistok.tokens import Tokens
 
 DEFINITIONS = {
     "psnr": "mean over images, data range 255",
@@ -71,7 +72,7 @@ class ReconstructionQuality:
 
 
 def measure_reconstruction(
-    tokenizer: Tokenizer,
+    tokenizer: Autoencoder,
     batches: Iterable[dict[str, Any]],
     network: FeatureNetwork | None,
     lengths: list[int],
@@ -95,7 +96,8 @@ def measure_reconstruction(
         progress: called with the number of images decoded since the last call.
 
     Returns:
-        ``{"tokens": {"1": {"psnr_db": ..., ...}, ...}, "codebook": {"usage": ..., ...}, "counts": {"images": N}}``.
+        ``{"tokens": {"1": {"psnr_db": ..., ...}, ...}, "codebook": {"usage": ..., ...}, "counts": {"images": N}}``;
+        a continuous tokenizer has no codebook, and its ``"codebook"`` is empty.
     """
     quality = {length: ReconstructionQuality(network, device) for length in lengths}
     figures: dict[int, list[dict[str, float]]] = {length: [] for length in lengths}
@@ -103,9 +105,10 @@ def measure_reconstruction(
     seen = 0
     for batch in batches:
         images, size = batch["image"], len(batch["image"])
-        tokens = tokenize_images(tokenizer, images, size)
-        usage.update(tokens.ids)
-        decoded = decode_prefixes(tokenizer, tokens, lengths, seed, size, decode_options, progress, first=seen)
+        code = encode_images(tokenizer, images, size)
+        if isinstance(code, Tokens):
+            usage.update(code.ids)
+        decoded = decode_prefixes(tokenizer, code, lengths, seed, size, decode_options, progress, first=seen)
         for length, columns in decoded.items():
             quality[length].update(to_uint8(images), columns, batch["label"])
             if agreement is not None:
@@ -113,13 +116,13 @@ def measure_reconstruction(
         seen += size
     return {
         "tokens": {str(length): quality[length].compute() | _means(figures[length]) for length in lengths},
-        "codebook": usage.compute(),
+        "codebook": usage.compute() if usage.update_called else {},
         "counts": {"images": seen},
     }
 
 
 def picture_reconstruction(
-    tokenizer: Tokenizer,
+    tokenizer: Autoencoder,
     samples: list[dict[str, Any]],
     lengths: list[int],
     seed: int = 0,
@@ -135,8 +138,8 @@ def picture_reconstruction(
         decode_options: options of the tokenizer's ``decode``.
     """
     images = torch.stack([sample["image"] for sample in samples])
-    tokens = tokenize_images(tokenizer, images, len(images))
-    decoded = decode_prefixes(tokenizer, tokens, lengths, seed, len(images), decode_options)
+    code = encode_images(tokenizer, images, len(images))
+    decoded = decode_prefixes(tokenizer, code, lengths, seed, len(images), decode_options)
     return prefix_grid(to_uint8(images), decoded, [""] * len(samples))
 
 

@@ -123,7 +123,7 @@ def _result_section(
     folder: Path, path: Path, protocol: EvalProtocol, metrics: dict[str, Any], run: dict[str, Any]
 ) -> list[str]:
     lines = [f"## {protocol.task.capitalize()} of {protocol.count} images", "", *_table(*table_by_tokens(metrics))]
-    if "codebook" in metrics:
+    if metrics.get("codebook"):
         lines += [", ".join(f"codebook {metric} {number(value)}" for metric, value in metrics["codebook"].items()), ""]
     pictures = {protocol.task: path.with_suffix(".png")}
     if len(metrics["tokens"]) > 1:  # an older curve may lie beside a single count

@@ -34,7 +34,7 @@ from vistok.data.datamodule import Dataset
 from vistok.errors import UserError
 from vistok.eval.codebook import CodebookUsage
 from vistok.eval.reconstruction import picture_reconstruction
-from vistok.interfaces import NULL_CLASS, ClassCondition, Condition, Generator, SampleOptions, Tokenizer
+from vistok.interfaces import NULL_CLASS, Autoencoder, ClassCondition, Condition, Generator, SampleOptions, Tokenizer
 from vistok.pictures import labelled_grid, save_png
 from vistok.pipeline import prefix_lengths, sample_images
 from vistok.rng import seeded_generator
@@ -219,7 +219,7 @@ class Pictures(L.Callback):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         with evaluating(trainer, task, self.ema):
-            if isinstance(task.net, Tokenizer):
+            if isinstance(task.net, Autoencoder):
                 rows = [data.val.get(index) for index in range(min(self.rows, len(data.val)))]
                 rows = [_with_image(row, task.net, task.device) for row in rows]
                 picture = picture_reconstruction(task.net, rows, prefix_lengths(task.net.spec))
@@ -232,7 +232,7 @@ class Pictures(L.Callback):
                 logger.experiment.add_image("pictures", np.asarray(picture), task.updates, dataformats="HWC")
 
 
-def _with_image(sample: dict[str, Any], net: Tokenizer, device: torch.device) -> dict[str, Any]:
+def _with_image(sample: dict[str, Any], net: Autoencoder, device: torch.device) -> dict[str, Any]:
     """A sample; if it has a latent, with what the autoencoder makes of that as its image."""
     if "latent" not in sample:
         return sample

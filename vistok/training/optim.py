@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import AdamW
 
+from vistok.errors import UserError
+
 
 @dataclass
 class OptimConfig:
@@ -56,8 +58,14 @@ def decay_groups(net: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def make_optimizer(net: nn.Module, config: OptimConfig) -> AdamW:
-    """AdamW over :func:`decay_groups`."""
+    """AdamW over :func:`decay_groups`.
+
+    Raises:
+        UserError: if nothing in ``net`` is trained.
+    """
     groups = [group for group in decay_groups(net, config.weight_decay) if group["params"]]
+    if not groups:
+        raise UserError(f"{type(net).__name__} has no weights to train")
     return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 

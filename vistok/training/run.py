@@ -46,7 +46,7 @@ from vistok.data.code_cache import CodeCache, check_tokenizer
 from vistok.data.datamodule import DataModule, Dataset
 from vistok.data.latent_cache import LatentCache, check_vae
 from vistok.errors import UserError, first_line
-from vistok.interfaces import Generator, TextEncoder, Tokenizer
+from vistok.interfaces import Autoencoder, Generator, TextEncoder, Tokenizer
 from vistok.rng import derive_seed
 from vistok.training.callbacks import (
     Checkpoint,
@@ -267,7 +267,7 @@ def train(config: RunConfig) -> None:
 # ---------------------------------------------------------------------- building
 
 
-def _build_models(config: RunConfig) -> tuple[Tokenizer | Generator, Tokenizer | None]:
+def _build_models(config: RunConfig) -> tuple[Autoencoder | Generator, Tokenizer | None]:
     """The net to train, and the frozen tokenizer under it if it is a generator."""
     if config.generator is None:
         return build("tokenizers", Component(**config.tokenizer)), None
@@ -275,7 +275,7 @@ def _build_models(config: RunConfig) -> tuple[Tokenizer | Generator, Tokenizer |
     return build("generators", config.generator, tokenizer.spec), tokenizer
 
 
-def _build_text_encoder(config: RunConfig, net: Tokenizer | Generator) -> TextEncoder | None:
+def _build_text_encoder(config: RunConfig, net: Autoencoder | Generator) -> TextEncoder | None:
     """The frozen reader of captions, if ``net`` is conditioned on text.
 
     Raises:
@@ -301,7 +301,7 @@ def _build_text_encoder(config: RunConfig, net: Tokenizer | Generator) -> TextEn
 
 
 def _build_data(
-    config: RunConfig, net: Tokenizer | Generator, tokenizer: Tokenizer | None, tokenizer_hash: str | None
+    config: RunConfig, net: Autoencoder | Generator, tokenizer: Tokenizer | None, tokenizer_hash: str | None
 ) -> tuple[Dataset, Dataset]:
     """Training and validation data at the size of the net's images.
 
@@ -315,7 +315,7 @@ def _build_data(
         if tokenizer_hash is None:
             raise UserError(f"data: a tokenizer is trained on images, {config.data.name} holds codes")
         check_tokenizer(train_data, tokenizer_hash)
-    reader = net if isinstance(net, Tokenizer) else tokenizer
+    reader = net if isinstance(net, Autoencoder) else tokenizer
     if isinstance(train_data, LatentCache) and reader is not None:
         check_vae(train_data, reader)
     if isinstance(net, Generator) and 0 < net.num_classes < train_data.num_classes:
@@ -334,11 +334,11 @@ def _has_captions(data: Dataset) -> bool:
 
 
 def _exporter(
-    config: RunConfig, net: Tokenizer | Generator, data: Dataset, tokenizer_hash: str | None
+    config: RunConfig, net: Autoencoder | Generator, data: Dataset, tokenizer_hash: str | None
 ) -> Callable[[dict[str, Tensor], dict[str, float]], None]:
     """Writes given weights, and the progress that made them, as the run's export."""
     component, kind = config.generator or Component(**config.tokenizer), "tokenizer"
-    helpers, dropped = (net.frozen_helpers, net.training_only) if isinstance(net, Tokenizer) else (None, ())
+    helpers, dropped = (net.frozen_helpers, net.training_only) if isinstance(net, Autoencoder) else (None, ())
     component = Component(component.name, {key: value for key, value in component.args.items() if key not in dropped})
     details: dict[str, Any] = {"weights": "ema", "ema_decay": config.ema.decay, "data": data.description}
     if config.generator is not None:
@@ -357,7 +357,7 @@ def _exporter(
 
 
 def _make_trainer(
-    config: RunConfig, net: Tokenizer | Generator, ema: Ema, checkpoint: Checkpoint, resumed_at: int
+    config: RunConfig, net: Autoencoder | Generator, ema: Ema, checkpoint: Checkpoint, resumed_at: int
 ) -> L.Trainer:
     """Lightning's trainer, with nothing on that our callbacks do themselves.
 
@@ -458,7 +458,7 @@ def _check_same_run(config: RunConfig, path: Path) -> None:
 
 
 def _check_checkpoint(
-    path: Path | None, state: dict[str, Any], net: Tokenizer | Generator, tokenizer_hash: str | None
+    path: Path | None, state: dict[str, Any], net: Autoencoder | Generator, tokenizer_hash: str | None
 ) -> None:
     """Raise UserError unless ``net`` is what the checkpoint holds, on the tokens that it was trained on."""
     weights = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
@@ -479,7 +479,7 @@ def _first_difference(key: str, before: Any, now: Any) -> str | None:
 
 
 def _finish(
-    config: RunConfig, state: dict[str, Any], net: Tokenizer | Generator, write_export: Callable[..., None]
+    config: RunConfig, state: dict[str, Any], net: Autoencoder | Generator, write_export: Callable[..., None]
 ) -> None:
     """Say that the run has nothing left to do; repair its export if the last one was interrupted."""
     progress = {name: state[name] for name in ("updates", "images", "seconds")}

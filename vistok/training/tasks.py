@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from vistok.errors import UserError
-from vistok.interfaces import ClassCondition, Condition, Generator, LossReport, TextEncoder, Tokenizer
+from vistok.interfaces import Autoencoder, ClassCondition, Condition, Generator, LossReport, TextEncoder, Tokenizer
 from vistok.nn.frozen import Frozen
 from vistok.rng import derive_seed, seeded_generator
 from vistok.tokens import Tokens
@@ -41,7 +41,7 @@ class LossTask(L.LightningModule):
 
     def __init__(
         self,
-        net: Tokenizer | Generator,
+        net: Autoencoder | Generator,
         optim: OptimConfig,
         max_updates: int,
         seed: int = 0,
