@@ -1,8 +1,10 @@
 import copy
+import io
 from dataclasses import replace
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from tiny_models.vae import save_vae
 from vistok.checkpoint import export, export_hash, load_tokenizer
@@ -13,6 +15,7 @@ from vistok.flow.solvers import euler
 from vistok.flow.time import mode_time
 from vistok.nn.patch import patchify, sincos_2d, unpatchify
 from vistok.rng import SampleRng
+from vistok.tokenizers import flextok
 from vistok.tokenizers.flextok import Config, FlexTok, build, kept_tokens, round_up_to_pow2
 from vistok.tokenizers.flextok_published import PUBLISHED_KEYS
 
@@ -283,3 +286,18 @@ def test_counts_of_tokens_that_do_not_fit(model, count, keep, words):
 def test_a_width_below_the_values_of_a_patch_is_pointed_out():
     with pytest.warns(UserWarning, match="a patch has 48 values, more than decoder_width 32"):
         build(replace(TINY, decoder_width=32))
+
+
+def test_decoding_shows_a_bar_of_its_steps_unless_progress_is_taken(model, images, monkeypatch):
+    bars = []
+
+    def bar(*args, **kwargs):
+        bars.append(tqdm(*args, **{**kwargs, "disable": kwargs["disable"] or False, "file": io.StringIO()}))
+        return bars[-1]
+
+    monkeypatch.setattr(flextok, "tqdm", bar)
+    tokens, steps = model.tokenize(images), []
+    model.decode(tokens, steps=3)
+    model.decode(tokens, steps=3, progress=steps.append)
+    assert (bars[0].n, bars[0].total, bars[0].delay) == (3, 3, 1)
+    assert bars[1].disable and steps == [1, 1, 1]
