@@ -9,14 +9,11 @@ allocator on a GPU), output included.
 """
 
 import argparse
-import multiprocessing
 import platform
-import resource
-import sys
 import time
-from multiprocessing.connection import Connection
 
 import torch
+from memory import in_fresh_process, peak_bytes
 
 from vistok.quantizers.dimensionwise import DimensionwiseQuantizer
 
@@ -41,28 +38,13 @@ def timed(side: str, quantizer: DimensionwiseQuantizer, x: torch.Tensor) -> floa
     return time.perf_counter() - started
 
 
-def peak_bytes(device: str) -> int:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def growth(side: str, args: argparse.Namespace, answer: Connection) -> None:
-    """Send how much one lookup adds to the peak of this process; a lookup of few values has loaded all code before."""
+def growth(side: str, args: argparse.Namespace) -> int:
+    """How much one lookup adds to the peak of this process; a lookup of few values has loaded all code before."""
     quantizer, x = make(args)
     SIDES[side](quantizer, x[:64])
     before = peak_bytes(args.device)
     SIDES[side](quantizer, x)
-    answer.send(peak_bytes(args.device) - before)
-
-
-def measured_growth(side: str, args: argparse.Namespace) -> int:
-    here, there = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=growth, args=(side, args, there))
-    process.start()
-    answer = here.recv()
-    process.join()
-    return answer
+    return peak_bytes(args.device) - before
 
 
 def main() -> None:
@@ -72,7 +54,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     # First, because a process starts with the peak of its parent.
-    memory = {side: measured_growth(side, args) for side in SIDES}
+    memory = {side: in_fresh_process(growth, side, args) for side in SIDES}
     quantizer, x = make(args)
     ids = {side: find(quantizer, x) for side, find in SIDES.items()}
     differing = int((ids["lookup"] != ids["distances"]).sum())

@@ -11,7 +11,9 @@ Letters used throughout the package: B batch, N positions, S slots, C latent cha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Int
@@ -31,6 +33,11 @@ class Grid2D:
     def num_positions(self) -> int:
         return self.height * self.width
 
+    @property
+    def prefixes(self) -> Sequence[int]:
+        """Numbers of first positions that are a legal code: all or nothing."""
+        return (self.num_positions,)
+
 
 @dataclass(frozen=True)
 class Ordered1D:
@@ -42,20 +49,35 @@ class Ordered1D:
     def num_positions(self) -> int:
         return self.length
 
+    @property
+    def prefixes(self) -> Sequence[int]:
+        """Numbers of first positions that are a legal code."""
+        return range(1, self.length + 1)
+
 
 @dataclass(frozen=True)
 class MultiScale:
-    """A pyramid of ``(height, width)`` grids, coarse first, each in raster order."""
+    """A pyramid of ``(height, width)`` grids, coarse first, each in raster order: the first scales alone are a code."""
 
     sizes: tuple[tuple[int, int], ...]
 
     @property
     def num_positions(self) -> int:
-        return sum(height * width for height, width in self.sizes)
+        return sum(self.lengths)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Positions of each scale."""
+        return tuple(height * width for height, width in self.sizes)
+
+    @property
+    def prefixes(self) -> Sequence[int]:
+        """Numbers of first positions that are a legal code: those of whole scales."""
+        return tuple(accumulate(self.lengths))
 
     def split_scales(self, ids: Int[Tensor, "B N S"]) -> list[Int[Tensor, "B n S"]]:
         """The positions of each scale, coarse first."""
-        return list(ids.split([height * width for height, width in self.sizes], dim=1))
+        return list(ids.split(self.lengths, dim=1))
 
 
 Layout = Grid2D | Ordered1D | MultiScale
@@ -110,8 +132,8 @@ class Tokens:
     """Integer codes of a batch of images.
 
     Args:
-        ids: int64 ``(B, N, S)``; entry ``[b, n, s]`` lies in ``[0, spec.vocab_sizes[s])``. For an
-            :class:`Ordered1D` layout N may be any prefix length, for the others it is ``spec.num_positions``.
+        ids: int64 ``(B, N, S)``; entry ``[b, n, s]`` lies in ``[0, spec.vocab_sizes[s])``. N is one of
+            ``spec.layout.prefixes``.
         spec: the tokenizer's specification.
 
     Raises:
@@ -126,8 +148,7 @@ class Tokens:
         if ids.dtype != torch.int64 or ids.ndim != 3:
             raise UserError(f"token ids must be int64 (B, N, S), got {ids.dtype} {tuple(ids.shape)}")
         batch, positions, slots = ids.shape
-        legal = 1 <= positions <= spec.num_positions if self.is_ordered else positions == spec.num_positions
-        if not legal or slots != spec.num_slots:
+        if positions not in spec.layout.prefixes or slots != spec.num_slots:
             raise UserError(
                 f"token ids of shape {(batch, positions, slots)} do not fit {spec.layout} with {spec.num_slots} slot(s)"
             )
@@ -139,21 +160,25 @@ class Tokens:
                     f"token ids span [{int(ids.min())}, {int(ids.max())}], outside the vocabulary {spec.vocab_sizes}"
                 )
 
-    @property
-    def is_ordered(self) -> bool:
-        return isinstance(self.spec.layout, Ordered1D)
-
     def __len__(self) -> int:
         return self.ids.shape[0]
 
     def prefix(self, num_tokens: int) -> Tokens:
-        """The first ``num_tokens`` positions of an ordered code.
+        """The first ``num_tokens`` positions of an ordered code, or of whole scales; all of them of any code.
 
         Raises:
-            UserError: if the layout is not ordered or has fewer positions.
+            UserError: if the layout has no such prefix, or this code has fewer positions.
         """
-        if not self.is_ordered:
-            raise UserError(f"only an ordered layout has meaningful prefixes, not {self.spec.layout}")
-        if not 1 <= num_tokens <= self.ids.shape[1]:
-            raise UserError(f"cannot keep {num_tokens} tokens: this code has 1 to {self.ids.shape[1]}")
+        legal = [length for length in self.spec.layout.prefixes if length <= self.ids.shape[1]]
+        if num_tokens not in legal:
+            raise UserError(f"cannot keep {num_tokens} tokens: {refusal(num_tokens, self.spec.layout, legal)}")
         return Tokens(self.ids[:, :num_tokens], self.spec)
+
+
+def refusal(wanted: int, layout: Layout, legal: Sequence[int]) -> str:
+    """Why ``wanted`` positions of a layout are not among the ``legal`` numbers."""
+    if isinstance(layout, Ordered1D):
+        return f"{wanted} is outside 1..{legal[-1]}"
+    if isinstance(layout, MultiScale):
+        return f"{wanted} is no prefix of whole scales ({', '.join(map(str, legal))})"
+    return f"only an ordered layout has meaningful prefixes, not {layout}"

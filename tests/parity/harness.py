@@ -18,6 +18,17 @@ import torch
 from safetensors.torch import load_file
 
 CASES = Path(os.environ.get("VISTOK_PARITY_CASES") or Path(__file__).parent / "cases")
+RUNNERS = {}
+
+
+def runner(component):
+    """Decorator: what it decorates computes our outputs, by name, for cases of ``component``."""
+
+    def register(function):
+        RUNNERS[component] = function
+        return function
+
+    return register
 
 
 def filled(key, shape):
@@ -38,6 +49,12 @@ def wave_images(batch, size, seed):
         fx, fy, phase = random.uniform(-6, 6), random.uniform(-6, 6), random.uniform(0, 2 * np.pi)
         images[index[:2]] += np.sin(2 * np.pi * (fx * columns + fy * rows) + phase) / 4
     return torch.from_numpy(images.astype(np.float32))
+
+
+def imagenet_pixels(images):
+    """Images in [-1, 1] as models of ImageNet read them."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return ((images + 1) / 2 - mean) / std
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,9 @@ class Case:
         if kind == "values":
             return torch.tensor(description["values"])
         if kind in ("image", "image_batch"):
-            return wave_images(description["batch"], description["size"], description["seed"])
+            images = wave_images(description["batch"], description["size"], description["seed"])
+            images = images[..., : description.get("crop_width") or None] * description.get("contrast", 1.0)
+            return imagenet_pixels(images) if description.get("normalise") == "imagenet" else images
         random = np.random.RandomState(description["seed"])
         if kind == "randint":
             return torch.from_numpy(random.randint(description["low"], description["high"], description["shape"]))

@@ -45,10 +45,22 @@ def test_prefixes():
     tokens = Tokens(torch.arange(7)[None, :, None], TokenSpec(Ordered1D(7), (9,), 2, 32))
     assert tokens.prefix(3).ids.flatten().tolist() == [0, 1, 2]
     for count in (0, 8):
-        with pytest.raises(UserError, match="1 to 7"):
+        with pytest.raises(UserError, match=r"outside 1\.\.7"):
             tokens.prefix(count)
-    with pytest.raises(UserError, match="1 to 3"):
+    with pytest.raises(UserError, match=r"outside 1\.\.3"):
         tokens.prefix(3).prefix(4)
+
+
+def test_whole_scales_are_prefixes():
+    spec = TokenSpec(MultiScale(((1, 1), (2, 3), (4, 4))), (99,), 2, 32)
+    tokens = Tokens(torch.arange(23)[None, :, None], spec)
+    assert [tokens.prefix(count).ids.shape[1] for count in (1, 7, 23)] == [1, 7, 23]
+    with pytest.raises(UserError, match=r"whole scales \(1, 7, 23\)"):
+        tokens.prefix(8)
+    with pytest.raises(UserError, match=r"whole scales \(1, 7\)"):
+        tokens.prefix(7).prefix(23)
+    with pytest.raises(UserError, match="do not fit"):
+        Tokens(torch.zeros(1, 8, 1, dtype=torch.int64), spec)
 
 
 def test_streams_belong_to_samples_not_to_batches():
