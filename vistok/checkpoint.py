@@ -10,6 +10,7 @@ A run folder is an export folder, so every command line takes either.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vistok.config import Component, build, read_yaml, to_yaml
-from vistok.errors import UserError
+from vistok.errors import UserError, first_line
 from vistok.interfaces import Autoencoder, Generator, TextEncoder, Tokenizer
 from vistok.tokens import TokenSpec
 
@@ -277,6 +278,67 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is no complete safetensors file: {error}") from None
 
 
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors of a folder as transformers lays it out: one file, or the parts that its index names.
+
+    Raises:
+        UserError: if there is none, or the index cannot be read.
+    """
+    index = Path(folder) / f"{WEIGHTS}.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{index} is no index of weights: {first_line(error)}") from None
+        return [Path(folder) / name for name in names]
+    if not (Path(folder) / WEIGHTS).is_file():
+        raise UserError(f"{folder} has no weights: supply {WEIGHTS}, or {index.name} and its parts")
+    return [Path(folder) / WEIGHTS]
+
+
+def load_torch_file(path: str | Path) -> Any:
+    """What ``torch.save`` wrote, on the CPU; read as data, nothing in it is ever run.
+
+    Raises:
+        UserError: if it is missing, truncated, or holds more than tensors and plain values.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments of a training script
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"weights not found: {path}") from None
+    except Exception as error:  # torch.load raises whatever its parsers do
+        raise UserError(f"{path} is no complete torch file of plain weights: {first_line(error)}") from None
+
+
+def published_file(path_or_hub_id: str, what: str) -> Path:
+    """The file of a release, fetched from the hub unless there is such a path.
+
+    Args:
+        path_or_hub_id: a file, or ``OWNER/REPOSITORY/FILE`` of the Hugging Face hub.
+        what: whose release, for error messages.
+
+    Raises:
+        UserError: if there is neither.
+    """
+    path = Path(path_or_hub_id)
+    if path.is_file():
+        return path
+    if path.is_absolute() or path_or_hub_id.count("/") != 2:
+        raise UserError(
+            f"published {what} not found: {path} (a file, or OWNER/REPOSITORY/FILE of the Hugging Face hub)"
+        )
+    from huggingface_hub import hf_hub_download
+
+    repository, file = path_or_hub_id.rsplit("/", 1)
+    try:
+        return Path(hf_hub_download(repository, file))
+    except Exception as error:  # the client raises whatever its transport does
+        raise UserError(
+            f"{path_or_hub_id} is neither a file nor one of a repository that can be reached: {first_line(error)}"
+        ) from None
+
+
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
     """Load ``state`` into ``model``; every key must be there with its shape, and nothing else.
 
@@ -320,6 +382,11 @@ class KeyRule:
     forward: Callable[[Tensor], Tensor] | None = None
     inverse: Callable[[Tensor], Tensor] | None = None
     last_rows: int | None = None
+
+
+def layer_rules(ours: str, theirs: str) -> list[KeyRule]:
+    """Weight and bias of one layer."""
+    return [KeyRule(f"{ours}.{part}", (f"{theirs}.{part}",)) for part in ("weight", "bias")]
 
 
 class KeyMap:

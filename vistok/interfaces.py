@@ -33,12 +33,18 @@ class LossReport:
         terms: the weighted scalars that add up to ``total``, by name.
         stats: detached scalars worth a line in the log.
         tokens: codes used in this batch, for codebook statistics.
+        reconstruction: the batch as decoded, with its gradients, float32: what perceptual and adversarial losses judge.
     """
 
     total: Float[Tensor, ""]
     terms: dict[str, Float[Tensor, ""]]
     stats: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
     tokens: Tokens | None = None
+    reconstruction: Float[Tensor, "B 3 H W"] | None = None
+
+    def plus(self, name: str, value: Float[Tensor, ""]) -> LossReport:
+        """This report with one term more."""
+        return replace(self, total=self.total + value, terms={**self.terms, name: value})
 
 
 class Condition(ABC):
@@ -139,9 +145,10 @@ class SampleOptions:
         temperature: divides the logits; 0 takes the most likely code.
         top_k: keep the k most likely codes; 0 keeps all.
         top_p: keep the smallest set of codes whose probability reaches p; 1 keeps all.
-        num_tokens: positions to generate; only ordered layouts may ask for fewer than all.
+        num_tokens: positions to generate, one of ``spec.layout.prefixes``; None generates all.
         guided_tokens: guide only the first positions; None guides all.
         use_cache: keep keys and values of past positions (off only to check or time the cache).
+        extra: options of one kind of generator, see :attr:`Generator.sample_defaults`.
 
     Raises:
         UserError: if a value is outside its range.
@@ -154,6 +161,7 @@ class SampleOptions:
     num_tokens: int | None = None
     guided_tokens: int | None = None
     use_cache: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -206,13 +214,43 @@ class Autoencoder(nn.Module, ABC):
         """Identity of the autoencoder behind :attr:`latent_shape`, hex: cached latents of another do not fit."""
         return ""
 
+    @property
+    def last_layer(self) -> Tensor | None:
+        """Weight of the layer that makes :attr:`LossReport.reconstruction`, for an adaptive adversarial weight."""
+        return None
+
     def encode_latent(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
         """Latents of ``images``; what has :attr:`latent_shape` already, or has no latents, passes as it is."""
         return images
 
+    def encode_moments(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 2*C h w"]:
+        """Mean and standard deviation of the latents of ``images``, for an autoencoder that describes a distribution.
+
+        Raises:
+            UserError: for one that does not.
+        """
+        raise UserError(f"{type(self).__name__} draws no latents: it has no moments")
+
     def decode_latent(self, latent: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
         """Inverse of :meth:`encode_latent`."""
         return latent
+
+    @property
+    def feature_defaults(self) -> dict[str, Any]:
+        """Options of :meth:`features`, with the values it takes unless told otherwise."""
+        return {}
+
+    def features(self, images: Float[Tensor, "B 3 H W"], **options: Any) -> Float[Tensor, "B N D"]:
+        """What this model understands of ``images``, one vector per position, without gradients.
+
+        Args:
+            images: in [-1, 1].
+            options: of this model, see :attr:`feature_defaults`.
+
+        Raises:
+            UserError: if it was not made to understand anything.
+        """
+        raise UserError(f"{type(self).__name__} has no features for understanding")
 
     @abstractmethod
     def training_loss(self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator) -> LossReport:
@@ -240,6 +278,14 @@ class Autoencoder(nn.Module, ABC):
 
 class Tokenizer(Autoencoder):
     """Images to discrete tokens and back."""
+
+    @property
+    def scale_codes(self) -> nn.Module | None:
+        """Of a multi-scale tokenizer, a frozen copy of its :class:`~vistok.quantizers.residual_multiscale.ScaleCodes`.
+
+        A next-scale generator reads what the codes of the coarser scales add up to: it needs their vectors.
+        """
+        return None
 
     @abstractmethod
     def tokenize(self, images: Float[Tensor, "B 3 H W"]) -> Tokens:
@@ -314,10 +360,32 @@ class Generator(nn.Module, ABC):
     num_classes: int
     text_width: int = 0
 
+    @property
+    def sample_defaults(self) -> dict[str, Any]:
+        """Options of :meth:`generate` that only this kind has, with the values they take unless told otherwise."""
+        return {}
+
+    def sample_settings(self, options: SampleOptions) -> dict[str, Any]:
+        """:attr:`sample_defaults`, with what ``options.extra`` says in their place.
+
+        Raises:
+            UserError: for an option that this generator does not have.
+        """
+        for name in options.extra:
+            if name not in self.sample_defaults:
+                raise UserError(f"this generator has no sampling option {name!r}: {sorted(self.sample_defaults)}")
+        return self.sample_defaults | options.extra
+
     @classmethod
     @abstractmethod
     def check(cls, spec: TokenSpec) -> None:
         """Raise UserError, with the reason, when this generator cannot model ``spec``."""
+
+    def adopt(self, tokenizer: Tokenizer) -> None:
+        """Take over what this generator needs of the tokenizer whose tokens it will model, before its first update.
+
+        It becomes part of the generator's state and is not trained. Most generators need nothing.
+        """
 
     @abstractmethod
     def loss(self, tokens: Tokens, condition: Condition, rng: torch.Generator) -> LossReport:

@@ -7,6 +7,7 @@ import torch.multiprocessing as mp
 
 from vistok.eval.codebook import CodebookUsage
 from vistok.eval.fid import FrechetDistance
+from vistok.tokens import MultiScale
 
 COUNT = 21
 FIRST_SHARES = (11, COUNT)  # images of the first process
@@ -21,7 +22,7 @@ def inputs():
 
 def measure(rows):
     """Update with the images in ``rows``, in batches of 4 with a smaller last one."""
-    usage, frechet = CodebookUsage((12, 12)), FrechetDistance(6)
+    usage, frechet = CodebookUsage((12, 12), MultiScale(((1, 1), (1, 3)))), FrechetDistance(6)
     ids, real, fake = inputs()
     for part in rows.split(4) if len(rows) else ():
         usage.update(ids[part])

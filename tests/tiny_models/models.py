@@ -53,8 +53,9 @@ def tokenizer_names(kind):
     return [name for name, hints in kinds.items() if issubclass(hints["return"], kind)]
 
 
-def make_tokenizer(name):
-    return randomized(build("tokenizers", tiny_component("tokenizers", name)))
+def make_tokenizer(name, **args):
+    component = tiny_component("tokenizers", name)
+    return randomized(build("tokenizers", Component(name, {**component.args, **args})))
 
 
 def make_generator(name, spec, **args):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -40,6 +41,31 @@ def tiny_run(folder: Path, *overrides: str) -> RunConfig:
 def read_state(folder: Path) -> dict[str, Any]:
     """Everything that a run left to go on from."""
     return torch.load(folder / "last.ckpt", weights_only=True)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """``metrics.csv`` without the columns that measure time."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return [
+            {k: v for k, v in row.items() if k[6:] not in ("images_per_s", "data_wait")} for row in csv.DictReader(file)
+        ]
+
+
+def assert_same(a: Any, b: Any, where: str = "state") -> None:
+    """Equal to the last bit, whatever they hold."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}[{index}]")
+    else:
+        assert a == b, where
 
 
 def start_process(*command: str) -> subprocess.Popen:

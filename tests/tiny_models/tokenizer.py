@@ -56,13 +56,20 @@ class TinyTokenizer(Tokenizer):
             self.seen += len(images)
         noise = torch.randn(images.shape, generator=rng, device=rng.device)
         codes = self._encode(images + 0.1 * noise)
-        pixel = (self.decoder(codes) - images.flatten(1)).square().mean()
+        decoded = self.decoder(codes).unflatten(1, images.shape[1:])
+        pixel = (decoded - images).square().mean()
         limit = self.config.nan_after_images
         if limit is not None and self.training and int(self.seen) > limit:
             pixel = pixel * float("nan")
         spread = 0.01 * codes.square().mean()
         tokens = Tokens(codes.detach().round().long()[:, :, None], self.spec)
-        return LossReport(pixel + spread, {"pixel": pixel, "spread": spread}, {"mean_code": codes.mean()}, tokens)
+        return LossReport(
+            pixel + spread, {"pixel": pixel, "spread": spread}, {"mean_code": codes.mean()}, tokens, decoded
+        )
+
+    @property
+    def last_layer(self):
+        return self.decoder.weight
 
 
 def build(config: Config) -> TinyTokenizer:

@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from vistok.errors import UserError
-from vistok.eval.codebook import CodebookUsage
+from vistok.eval.codebook import CodebookUsage, describe
 from vistok.eval.fid import FrechetDistance
 from vistok.eval.neighbours import copies_share, nearest_distance, precision_recall
 from vistok.eval.reconstruction import ReconstructionQuality
 from vistok.pictures import to_uint8
+from vistok.tokens import MultiScale
 
 
 def generator(seed=0):
@@ -166,3 +167,17 @@ def test_codebook_usage_keeps_slots_apart():
     assert result["perplexity"] == pytest.approx(1.5)
     metric.reset()
     assert metric.counts.sum() == 0
+
+
+def test_codebook_usage_keeps_scales_apart():
+    metric = CodebookUsage((4,), MultiScale(((1, 1), (1, 3))))
+    metric.update(torch.tensor([[[0], [1], [2], [3]], [[0], [1], [1], [2]]]))
+    result = metric.compute()
+    assert result["usage"] == 1
+    assert result["scale_1x1/usage"] == 0.25 and result["scale_1x3/usage"] == 0.75
+    assert result["scale_1x1/perplexity"] == pytest.approx(1)
+    assert result["scale_1x3/entropy_bits"] == pytest.approx(1.459, abs=1e-3)  # shares 1/2, 1/3, 1/6
+    metric.update(torch.tensor([[[3]]]))  # the first scale alone
+    assert metric.compute()["scale_1x1/usage"] == 0.5 and metric.compute()["scale_1x3/usage"] == 0.75
+    lines = describe(metric.compute())
+    assert len(lines) == 3 and lines[2].startswith("codebook, scale 1x3: usage 0.75, entropy_bits 1.459")

@@ -32,7 +32,7 @@ ALLOWED = {
     "data": BASE | {"pictures"},
     "eval": BASE | {"data", "pictures", "pipeline"},
     "discretize": BASE | {"data", "eval", "quantizers", "tokenizers"},
-    "training": BASE | {"nn", "data", "eval", "pictures", "pipeline"},
+    "training": BASE | {"nn", "losses", "data", "eval", "pictures", "pipeline"},
 }
 
 

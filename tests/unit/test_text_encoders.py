@@ -19,7 +19,7 @@ def make(folder, **args):
 
 
 def test_t5_is_a_component():
-    assert available("text_encoders") == ["t5"]
+    assert available("text_encoders") == ["t5", "words"]
 
 
 def test_texts_are_padded_on_the_right_and_do_not_see_each_other(folder):

@@ -1,6 +1,5 @@
 """Whole runs of a tiny tokenizer in this process."""
 
-import csv
 import errno
 import os
 import shutil
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from tiny_models.generator import TinyGenerator
-from tiny_models.runs import read_state, tiny_run
+from tiny_models.runs import assert_same, read_state, rows, tiny_run
 from tiny_models.tokenizer import TinyTokenizer
 from vistok.checkpoint import export_hash, export_info, load_generator, load_tokenizer
 from vistok.errors import UserError
@@ -38,50 +37,29 @@ def spy(monkeypatch):
     return seen
 
 
-def rows(folder):
-    """``metrics.csv`` without the columns that measure time."""
-    with open(folder / "metrics.csv", newline="") as file:
-        return [
-            {k: v for k, v in row.items() if k[6:] not in ("images_per_s", "data_wait")} for row in csv.DictReader(file)
-        ]
-
-
-def assert_same(a, b, where="state"):
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for index, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{where}[{index}]")
-    else:
-        assert a == b, where
-
-
 def folder(path, name):
     (path / name).mkdir()
     return path / name
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_resume_repeats_an_uninterrupted_run_bit_for_bit(tmp_path, spy, accumulate):
+@pytest.mark.parametrize("judged_after", [None, 3, 6])
+def test_resume_repeats_an_uninterrupted_run_bit_for_bit(tmp_path, spy, accumulate, judged_after):
     a, b = folder(tmp_path, "a"), folder(tmp_path, "b")
-    option = f"trainer.accumulate={accumulate}"
-    train(tiny_run(a, option))
+    options = [f"trainer.accumulate={accumulate}"]
+    if judged_after is not None:
+        options += [f"adversarial.start_update={judged_after}", "adversarial.layers=1", "adversarial.width=4"]
+    train(tiny_run(a, *options))
     straight = list(spy)
     assert len(straight) == 8 * accumulate
 
     spy.clear()
     spy.kill_at = 5 * accumulate - accumulate + 1  # the first micro-batch of the fifth update
     with pytest.raises(SystemExit) as stop:
-        train(tiny_run(b, option))
+        train(tiny_run(b, *options))
     assert stop.value.code == 143
     assert read_state(b / "run")["updates"] == 5
-    train(tiny_run(b, option, "resume=auto"))
+    train(tiny_run(b, *options, "resume=auto"))
 
     assert list(spy) == straight
     whole, resumed = read_state(a / "run"), read_state(b / "run")

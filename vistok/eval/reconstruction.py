@@ -101,7 +101,7 @@ def measure_reconstruction(
     """
     quality = {length: ReconstructionQuality(network, device) for length in lengths}
     figures: dict[int, list[dict[str, float]]] = {length: [] for length in lengths}
-    usage = CodebookUsage(tokenizer.spec.vocab_sizes)
+    usage = CodebookUsage(tokenizer.spec.vocab_sizes, tokenizer.spec.layout)
     seen = 0
     for batch in batches:
         images, size = batch["image"], len(batch["image"])

@@ -10,6 +10,7 @@ from typing import Any
 
 from vistok.checkpoint import SPEC, write_text
 from vistok.errors import UserError
+from vistok.eval.codebook import describe
 from vistok.eval.curves import curve_of, plot_losses
 from vistok.eval.protocol import EvalProtocol, flatten, load_result, number, table_by_tokens
 
@@ -104,6 +105,11 @@ def _summary(results: list[Result], stages: list[tuple[str, float]]) -> list[str
                 [f"reconstruction{of}: PSNR from {_tokens(length)}", f"{row['psnr_db']:.2f} dB", ""]
                 for length, row in metrics["tokens"].items()
             ]
+        elif protocol.task == "probe":
+            (row,) = metrics["tokens"].values()
+            rows.append(
+                [f"probe{of}: held-out images of which a linear classifier finds the class", f"{row['top1']:.2%}", ""]
+            )
         else:
             counts = metrics["counts"]
             rows.append([f"samples{of}: images measured", str(counts["samples"]), str(counts["held_out"])])
@@ -124,7 +130,7 @@ def _result_section(
 ) -> list[str]:
     lines = [f"## {protocol.task.capitalize()} of {protocol.count} images", "", *_table(*table_by_tokens(metrics))]
     if metrics.get("codebook"):
-        lines += [", ".join(f"codebook {metric} {number(value)}" for metric, value in metrics["codebook"].items()), ""]
+        lines += [*(f"- {line}" for line in describe(metrics["codebook"])), ""]
     pictures = {protocol.task: path.with_suffix(".png")}
     if len(metrics["tokens"]) > 1:  # an older curve may lie beside a single count
         pictures[f"{protocol.task} by tokens"] = curve_of(path)

@@ -149,7 +149,12 @@ class KLVAE(LatentTokenizer):
         pixel = pixel_error(decoded, images.float())
         kl = self.config.kl_weight * posterior.kl().mean() / images[0].numel()
         stats = {"latent_std": mean.std(), "posterior_std": posterior.std.mean()}
-        return LossReport(pixel + kl, {"pixel": pixel, "kl": kl}, stats)
+        return LossReport(pixel + kl, {"pixel": pixel, "kl": kl}, stats, reconstruction=decoded)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the decoder's last convolution."""
+        return self.vae.decoder.conv_out.weight
 
     @property
     def _shift(self) -> float:

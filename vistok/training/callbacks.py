@@ -38,6 +38,7 @@ from vistok.interfaces import NULL_CLASS, Autoencoder, ClassCondition, Condition
 from vistok.pictures import labelled_grid, save_png
 from vistok.pipeline import prefix_lengths, sample_images
 from vistok.rng import seeded_generator
+from vistok.tokens import TokenSpec
 from vistok.training.ema import Ema
 from vistok.training.tasks import LossTask
 
@@ -89,17 +90,17 @@ class Log(L.Callback):
     """Writes a row of means over the last ``every`` updates of all processes.
 
     Rows hold the loss and its terms, the net's statistics, learning rate, gradient norm before clipping, usage and
-    perplexity of the codes of the window, images/s, and the share of time spent waiting for data (neither counts
-    validation, pictures and checkpoints). ``latest`` is the last row.
+    perplexity of the codes of the window (of a multi-scale code also scale by scale), images/s, and the share of time
+    spent waiting for data (neither counts validation, pictures and checkpoints). ``latest`` is the last row.
 
     Args:
         every: updates of a window.
-        vocab_sizes: of the codes that the net reports.
+        spec: of the codes that the net reports.
     """
 
-    def __init__(self, every: int, vocab_sizes: tuple[int, ...]) -> None:
+    def __init__(self, every: int, spec: TokenSpec) -> None:
         self.every = every
-        self.usage = CodebookUsage(vocab_sizes)
+        self.usage = CodebookUsage(spec.vocab_sizes, spec.layout)
         self.latest: dict[str, float] = {}
         self._means = _Means()
 
@@ -121,7 +122,7 @@ class Log(L.Callback):
         if report.tokens is not None:
             self.usage.update(report.tokens.ids)
         if task.updated:
-            self._means.add({"grad_norm": task.grad_norm})
+            self._means.add(task.grad_norms)
         self._worked_s += time.perf_counter() - self._started
         if is_due(task, self.every):
             self.latest = self._row(trainer, task)
@@ -136,7 +137,9 @@ class Log(L.Callback):
         row = self._means.pop(trainer)
         if self.usage.update_called:
             usage = self.usage.compute()
-            row |= {"codebook_usage": usage["usage"], "codebook_perplexity": usage["perplexity"]}
+            for figure in ("usage", "perplexity"):
+                row[f"codebook_{figure}"] = usage[figure]
+                row |= {f"codebook_{figure}_{scale}": usage[f"{scale}/{figure}"] for scale in self.usage.scales}
             self.usage.reset()
         elapsed_s = self._waited_s + self._worked_s
         row["lr"] = task.lr

@@ -15,8 +15,9 @@ import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import MISSING
-from torch import Tensor
+from torch import Tensor, nn
 
 import vistok
 from vistok.checkpoint import (
@@ -47,6 +48,8 @@ from vistok.data.datamodule import DataModule, Dataset
 from vistok.data.latent_cache import LatentCache, check_vae
 from vistok.errors import UserError, first_line
 from vistok.interfaces import Autoencoder, Generator, TextEncoder, Tokenizer
+from vistok.losses.adversarial import AdversarialConfig, Discriminator
+from vistok.losses.perceptual import PerceptualConfig, PerceptualLoss
 from vistok.rng import derive_seed
 from vistok.training.callbacks import (
     Checkpoint,
@@ -61,7 +64,7 @@ from vistok.training.callbacks import (
 )
 from vistok.training.ema import Ema, EmaConfig, averaged
 from vistok.training.optim import OptimConfig
-from vistok.training.tasks import LossTask
+from vistok.training.tasks import AdversarialTask, LossTask
 
 
 @dataclass
@@ -145,6 +148,8 @@ class RunConfig:
         tokenizer: ``{name, args}`` of the tokenizer to train, or the folder of a trained one under a generator.
         generator: ``{name, args}`` of the generator to train; null trains the tokenizer.
         text_encoder: ``{name, args}`` of the frozen reader of captions under a generator conditioned on text.
+        perceptual: LPIPS in the loss of a tokenizer; null leaves it out.
+        adversarial: a discriminator against a tokenizer; null leaves it out.
         data: training data.
         optim: optimizer and schedule.
         ema: averaging.
@@ -160,6 +165,8 @@ class RunConfig:
     tokenizer: Any = MISSING
     generator: Component | None = None
     text_encoder: Component | None = None
+    perceptual: PerceptualConfig | None = None
+    adversarial: AdversarialConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -172,8 +179,8 @@ class RunConfig:
 
 RUN, LAST = "run.yaml", "last.ckpt"
 LENGTHS = ("max_updates", "max_images", "max_epochs")
-FIXED_ON_RESUME = ("tokenizer", "generator", "text_encoder", "data", "optim", "ema", "seed")
-"""Parts of a config that a resumed run cannot change: they would silently not be what the weights were made with.
+FREE_ON_RESUME = ("output", "trainer", "log", "checkpoint", "resume")
+"""Parts of a config that a resumed run may change; others would silently not be what the weights were made with.
 
 The tokenizer under a generator is known by its hash instead: its folder may have moved.
 """
@@ -207,6 +214,8 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
             raise UserError(
                 f"{path}: a generator is trained on an exported tokenizer: give its folder, tokenizer=runs/..."
             )
+        if config.perceptual or config.adversarial:
+            raise UserError(f"{path}: perceptual and adversarial judge a tokenizer, this run trains a generator")
         config.generator = _resolved("generators", config.generator, path)
     if config.text_encoder is not None:
         config.text_encoder = _resolved("text_encoders", config.text_encoder, path)
@@ -229,10 +238,16 @@ def train(config: RunConfig) -> None:
     torch.manual_seed(derive_seed("init", config.seed))
     net, tokenizer = _build_models(config)
     text_encoder = _build_text_encoder(config, net)
+    size = net.spec.image_size_px
+    perceptual = PerceptualLoss(config.perceptual, size) if config.perceptual else None
+    discriminator = Discriminator(config.adversarial, size) if config.adversarial else None
     tokenizer_hash = None if tokenizer is None else export_hash(config.tokenizer)
     train_data, val_data = _build_data(config, net, tokenizer, tokenizer_hash)
     if state:
-        _check_checkpoint(start, state, net, tokenizer_hash)
+        models = {"net": net} | ({"discriminator": discriminator} if discriminator else {})
+        _check_checkpoint(start, state, models, tokenizer_hash)
+    elif isinstance(net, Generator) and tokenizer is not None:
+        net.adopt(tokenizer)
     write_export = _exporter(config, net, train_data, tokenizer_hash)
     ema = Ema(config.ema.decay)
     checkpoint = Checkpoint(
@@ -248,7 +263,8 @@ def train(config: RunConfig) -> None:
             _finish(config, state, net, write_export)
         return
 
-    task = LossTask(net, config.optim, max_updates, config.seed, tokenizer, tokenizer_hash, text_encoder)
+    make_task = LossTask if discriminator is None else partial(AdversarialTask, discriminator)
+    task = make_task(net, config.optim, max_updates, config.seed, tokenizer, tokenizer_hash, text_encoder, perceptual)
     data = DataModule(
         train_data, val_data, config.data.batch_size, config.data.workers, config.seed, consumed=lambda: task.images
     )
@@ -365,7 +381,7 @@ def _make_trainer(
         UserError: if this machine lacks the devices, or they the precision.
     """
     output, trainer, every = Path(config.output), config.trainer, config.log
-    log = Log(every.every_updates, net.spec.vocab_sizes)
+    log = Log(every.every_updates, net.spec)
     callbacks = [  # in this order: the average first, the one that ends the run last
         ema,
         log,
@@ -451,18 +467,24 @@ def _check_same_run(config: RunConfig, path: Path) -> None:
         part.get("data", {}).pop("workers", None)
         if config.generator is not None:
             part.pop("tokenizer", None)
-    for name in FIXED_ON_RESUME:
+    for name in [key for key in now if key not in FREE_ON_RESUME]:
         difference = _first_difference(name, before.get(name), now.get(name))
         if difference is not None:
             raise UserError(f"cannot resume: {difference} (see {path}); give another output= for a new run")
 
 
 def _check_checkpoint(
-    path: Path | None, state: dict[str, Any], net: Autoencoder | Generator, tokenizer_hash: str | None
+    path: Path | None, state: dict[str, Any], models: Mapping[str, nn.Module], tokenizer_hash: str | None
 ) -> None:
-    """Raise UserError unless ``net`` is what the checkpoint holds, on the tokens that it was trained on."""
-    weights = {key.removeprefix("net."): value for key, value in state["state_dict"].items()}
-    load_strictly(net, weights, str(path))
+    """Raise UserError unless the checkpoint holds just these models, trained on the tokens of that tokenizer."""
+    held: dict[str, dict[str, Tensor]] = {}
+    for key, value in state["state_dict"].items():
+        model, _, name = key.partition(".")
+        held.setdefault(model, {})[name] = value
+    if held.keys() != models.keys():
+        raise UserError(f"cannot resume {path}: it holds {' and '.join(held)}, this run trains {' and '.join(models)}")
+    for model, weights in held.items():
+        load_strictly(models[model], weights, str(path))
     before = state["tokenizer_hash"]
     if before != tokenizer_hash:
         raise UserError(
@@ -517,8 +539,11 @@ def _check_ranges(config: RunConfig, where: str | Path) -> None:
     for key, value in at_least_one.items():
         if value < 1:
             raise UserError(f"{where}: {key} must be at least 1, got {value}")
-    optim = config.optim
+    optim, adversarial = config.optim, config.adversarial
+    adapts = adversarial is not None and adversarial.adaptive
+    exact = not trainer.compile and trainer.precision != "16-mixed"
     checks = {
+        "adversarial.adaptive works with neither trainer.compile nor trainer.precision=16-mixed": exact or not adapts,
         "ema.decay must lie in [0, 1)": 0 <= config.ema.decay < 1,
         "optim.lr must be positive": optim.lr > 0,
         "optim.betas must lie in [0, 1)": all(0 <= beta < 1 for beta in optim.betas),
@@ -553,6 +578,8 @@ def _print_header(
     net = task.net
     what = f"tokenizer {config.tokenizer['name']}" if config.generator is None else f"generator {config.generator.name}"
     under = "" if config.generator is None else f" on tokens of {config.tokenizer}"
+    if config.adversarial:
+        under = f", against a discriminator after {config.adversarial.start_update} updates"
     parameters = sum(p.numel() for p in net.parameters() if p.requires_grad)
     epochs = task.max_updates * images_per_update / num_train
     begins = f"continued at update {state['updates']}" if state else "from the start"
