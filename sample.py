@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 
@@ -23,6 +24,7 @@ from vistok.pipeline import (
     load_models,
     prefix_lengths,
     read_decode_options,
+    read_sample_options,
     sample_images,
 )
 
@@ -38,7 +40,7 @@ examples:
 """
 SAMPLING = ("cfg_scale", "temperature", "top_k", "top_p")
 FLAGS_OF = {
-    "generator": ("class", "prompt", "tokenizer", "text_encoder", *SAMPLING),
+    "generator": ("class", "prompt", "negative_prompt", "tokenizer", "text_encoder", "sampling", *SAMPLING),
     "tokenizer": ("images", "on_error"),
 }
 
@@ -62,12 +64,14 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument_group("for a generator").add_argument
     add("--class", metavar="C", help="class number or name (default: all in turn)")
     add("--prompt", metavar="TEXT", help='what a generator conditioned on text shall show; "" is anything')
+    add("--negative-prompt", metavar="TEXT", help='what guidance leads away from (default: "", the empty text)')
     add("--tokenizer", type=Path, metavar="DIR", help="default: the one that the generator was trained on")
     add("--text-encoder", type=Path, metavar="DIR", help="default: the one that the generator was trained with")
     add("--cfg-scale", type=float, metavar="S", help="guidance scale; 1 is none (default: 1)")
     add("--temperature", type=float, metavar="T", help="0 takes the likeliest code (default: 1)")
     add("--top-k", type=int, metavar="K", help="keep the k likeliest codes; 0 keeps all (default: 0)")
     add("--top-p", type=float, metavar="P", help="keep this much probability; 1 keeps all (default: 1)")
+    add("--sampling", nargs="*", metavar="key=value", help="options of this kind of generator, such as steps=64")
     add = parser.add_argument_group("for a tokenizer").add_argument
     add(
         "--images",
@@ -89,6 +93,7 @@ def generate(args: argparse.Namespace) -> None:
         (flags["num_tokens"],) = prefix_lengths(generator.spec, args.tokens)
     condition, labels = (texts if generator.text_width else classes)(args, generator)
     decode = read_decode_options(tokenizer, args.decode)
+    flags["extra"] = read_sample_options(generator, args.sampling or [])
     with tqdm(total=args.count, desc="sample", unit="img", leave=False) as bar:
         images = sample_images(
             generator, tokenizer, condition, SampleOptions(**flags), args.seed, args.batch_size, decode, bar.update
@@ -103,9 +108,9 @@ def classes(args: argparse.Namespace, generator: Generator) -> tuple[Condition, 
     Raises:
         UserError: for an unknown class, or flags of a generator conditioned on text.
     """
-    if args.prompt is not None or args.text_encoder is not None:
+    if any(given is not None for given in (args.prompt, args.negative_prompt, args.text_encoder)):
         raise UserError(
-            "--prompt and --text-encoder are for a generator conditioned on text, "
+            "--prompt, --negative-prompt and --text-encoder are for a generator conditioned on text, "
             f"that in {args.checkpoint} is not: give --class"
         )
     names = export_info(args.checkpoint).get("class_names") or []
@@ -127,7 +132,11 @@ def texts(args: argparse.Namespace, generator: Generator) -> tuple[Condition, li
         raise UserError(f"the generator in {args.checkpoint} is conditioned on text: give --prompt TEXT, no --class")
     encoder = load_text_encoder(args.checkpoint, args.text_encoder, args.device)
     same = torch.zeros(args.count, dtype=torch.int64)
-    return encoder.encode([args.prompt])[same], [shorten(args.prompt, 60)] * args.count
+    condition = encoder.encode([args.prompt])
+    if args.negative_prompt is not None:
+        negative = encoder.encode([args.negative_prompt])
+        condition = replace(condition, null_states=negative.states, null_mask=negative.mask)
+    return condition[same], [shorten(args.prompt, 60)] * args.count
 
 
 @cli.flag_for("data.args.on_error=", "--on-error ")

@@ -23,7 +23,7 @@ from vistok.errors import UserError
 from vistok.eval.codebook import CodebookUsage
 from vistok.eval.images import image_batches
 from vistok.eval.protocol import number
-from vistok.quantizers.dimensionwise import KL16_ORDER, TABLES, spectral_order
+from vistok.quantizers.dimensionwise import KL16_ORDER, TABLES, check_latents, spectral_order
 from vistok.tokenizers.tokenbridge import Config, TokenBridge, build
 from vistok.tokens import Grid2D
 
@@ -112,6 +112,7 @@ def fit(bridge: TokenBridge, latents: Float[Tensor, "M N C"], args: argparse.Nam
     Raises:
         UserError: for latents that no table fits, or an order that they cannot have.
     """
+    check_latents(latents)
     if args.mode != "published":
         bridge.quantizer.fit(latents, args.mode)
     if args.order == "published":

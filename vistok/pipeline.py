@@ -22,7 +22,7 @@ from vistok.errors import UserError
 from vistok.interfaces import Autoencoder, Condition, Generator, LatentTokenizer, SampleOptions, Tokenizer
 from vistok.pictures import to_uint8
 from vistok.rng import SampleRng, derive_seed
-from vistok.tokens import Ordered1D, Tokens, TokenSpec
+from vistok.tokens import Ordered1D, Tokens, TokenSpec, refusal
 
 Progress = Callable[[int], None]
 """Called with the number of images finished since the last call."""
@@ -50,21 +50,21 @@ def load_models(
 
 
 def prefix_lengths(spec: TokenSpec, wanted: list[int] | None = None) -> list[int]:
-    """Numbers of tokens to decode: ``wanted``, or powers of two up to all for ordered layouts and all for others.
+    """Numbers of tokens to decode: ``wanted``; or powers of two up to all for ordered layouts, all for others.
+
+    Scales make a layout ordered too: each of its prefixes of whole scales is taken.
 
     Raises:
         UserError: if ``wanted`` does not fit the layout.
     """
-    total = spec.num_positions
-    if not isinstance(spec.layout, Ordered1D):
-        if wanted not in (None, [total]):
-            raise UserError(f"--tokens: only an ordered layout has meaningful prefixes, not {spec.layout}")
-        return [total]
+    legal, total = spec.layout.prefixes, spec.num_positions
     if wanted is None:
+        if not isinstance(spec.layout, Ordered1D):
+            return list(legal)
         return [2**power for power in range(total.bit_length()) if 2**power < total] + [total]
     for length in wanted:
-        if not 1 <= length <= total:
-            raise UserError(f"--tokens: {length} is outside 1..{total}, the length of this tokenizer's code")
+        if length not in legal:
+            raise UserError(f"--tokens: {refusal(length, spec.layout, legal)}")
     return sorted(set(wanted))
 
 
@@ -74,15 +74,30 @@ def read_decode_options(tokenizer: Autoencoder, pairs: list[str]) -> dict[str, A
     Raises:
         UserError: for an unknown option (with the nearest valid one) or a value that is not of the default's type.
     """
-    options = dict(tokenizer.decode_defaults)
+    return _read_options("--decode", tokenizer.decode_defaults, pairs)
+
+
+def read_sample_options(generator: Generator, pairs: list[str]) -> dict[str, Any]:
+    """All options of ``generate`` that only this kind of generator has, as :func:`read_decode_options` reads them."""
+    return _read_options("--sampling", generator.sample_defaults, pairs)
+
+
+def read_feature_options(autoencoder: Autoencoder, pairs: list[str]) -> dict[str, Any]:
+    """All options of ``features``, as :func:`read_decode_options` reads those of ``decode``."""
+    return _read_options("--features", autoencoder.feature_defaults, pairs)
+
+
+def _read_options(flag: str, defaults: dict[str, Any], pairs: list[str]) -> dict[str, Any]:
+    options = dict(defaults)
     for key, value in parse_overrides(pairs).items():
         if key not in options:
-            raise UserError(f"--decode: unknown option {key!r}{nearest(key, list(options))}")
+            there_are = nearest(key, list(options)) if options else " (this model has none)"
+            raise UserError(f"{flag}: unknown option {key!r}{there_are}")
         kind = type(options[key])
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise UserError(f"--decode: {key} must be of type {kind.__name__}, got {value!r}")
+            raise UserError(f"{flag}: {key} must be of type {kind.__name__}, got {value!r}")
         options[key] = value
     return options
 
@@ -205,7 +220,7 @@ def decode_prefixes(
     return {
         length: decode_images(
             autoencoder,
-            code.prefix(length) if isinstance(code, Tokens) and code.is_ordered else code,
+            code.prefix(length) if isinstance(code, Tokens) else code,
             seed,
             batch_size,
             decode_options,

@@ -102,6 +102,8 @@ CASES = [
     (GEN + " --decode stepz=3", ["'stepz'", "did you mean 'steps'"]),
     (GEN + " --decode steps=fast", ["steps must be of type int", "'fast'"]),
     (GEN + " --decode steps=2.7", ["steps must be of type int", "2.7"]),
+    (GEN + " --sampling stepz=3", ["--sampling: unknown option 'stepz'", "valid: "]),
+    (TOK + " --sampling steps=3", ["--sampling is for a generator"]),
     (TOK + " --decode keep=3", ["--decode: unknown option 'keep'"]),
     (GEN + " --decode steps", ["key=value", "'steps'"]),
     (GEN + " --device gpu", ["--device", "'gpu'"]),

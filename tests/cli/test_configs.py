@@ -9,11 +9,14 @@ from tiny_models.args import TINY_ARGS
 from tiny_models.models import exported_tokenizer
 from tiny_models.runs import ROOT, read_state
 from tiny_models.text import save_t5
+from tiny_models.vgg import vgg16_file
 from vistok.checkpoint import export_info, load_autoencoder, load_generator
 from vistok.config import Component
 from vistok.training.run import DataConfig, LogConfig, RunConfig, load_config, train
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+OTHERS = {"tokenbridge": "tokenbridge", "next_scale": "tokenflow", "t2i": "tokenflow"}
+"""Tokenizers under the configs of generators with such parts in their names."""
 HEADER = ("python train.py --config {path}", "hardware:", "time:", "expected:", "verified:")
 
 
@@ -31,9 +34,12 @@ def shrunk(config: RunConfig, output: Path) -> RunConfig:
     length = {"max_updates": 2, "max_images": None, "max_epochs": None}
     place = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "compile": False}
     trainer = replace(config.trainer, **length, **place, accumulate=1)
+    perceptual, adversarial = config.perceptual, config.adversarial
     return replace(
         config,
         output=str(output),
+        perceptual=perceptual and replace(perceptual, weights=str(vgg16_file())),
+        adversarial=adversarial and replace(adversarial, start_update=1, layers=1, width=4),
         data=DataConfig("digits", batch_size=2),
         trainer=trainer,
         log=LogConfig(every_updates=1, pictures_every_updates=2),
@@ -42,13 +48,14 @@ def shrunk(config: RunConfig, output: Path) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """Tiny tokenizers for the generators' configs: a trained FlexTok, and for those named so a TokenBridge."""
+    """Tiny tokenizers for the configs of generators: a trained FlexTok, and those of :data:`OTHERS`."""
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "run.yaml").write_text(
         "tokenizer: {name: flextok}\ndata: {name: digits}\ntrainer: {max_updates: 2}\noutput: x"
     )
     train(shrunk(load_config(folder / "run.yaml", []), folder / "out"))
-    return {"flextok": folder / "out", "tokenbridge": Path(exported_tokenizer("tokenbridge").name)}
+    others = {name: Path(exported_tokenizer(name).name) for name in OTHERS.values()}
+    return {"flextok": folder / "out", **others}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +65,7 @@ def t5(tmp_path_factory):
 
 
 def load(path: Path, tokenizers: dict[str, Path], t5: Path) -> RunConfig:
-    tokenizer = tokenizers["tokenbridge" if "tokenbridge" in path.stem else "flextok"]
+    tokenizer = tokenizers[next((name for part, name in OTHERS.items() if part in path.stem), "flextok")]
     keys = {line.split(":")[0] for line in path.read_text().splitlines()}
     folders = {"generator": f"tokenizer={tokenizer}", "text_encoder": f"text_encoder.args.path={t5}"}
     return load_config(path, [override for key, override in folders.items() if key in keys])

@@ -116,6 +116,7 @@ def test_reconstruction_generation_compare_and_report(runs, evaluate):
     assert "N=20" in out
     assert generation["protocol"]["settings"]["tokens"] == [1, 2]
     wanted = {"cfg_scale": 1.5, "temperature": 1.0, "top_k": 8, "top_p": 1.0, "guided_tokens": None}
+    wanted["guidance_schedule"] = "constant"
     assert generation["protocol"]["settings"]["sampling"] == wanted
     samples = np.load(runs / "generator" / "eval" / "samples.npz")["arr_0"]
     assert (samples.shape, samples.dtype) == ((20, 16, 16, 3), np.uint8)

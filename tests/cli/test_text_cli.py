@@ -1,18 +1,21 @@
 """A generator conditioned on text, from captions to ``--prompt``, as a researcher types it."""
 
 import json
+import runpy
 import shutil
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from tiny_models.args import TINY_ARGS, VARIANTS
 from tiny_models.exports import export_generator, export_tokenizer
-from tiny_models.runs import read_state, tiny_yaml
+from tiny_models.runs import ROOT, read_state, tiny_yaml
 from tiny_models.text import save_t5
-from vistok.checkpoint import load_generator
+from vistok.checkpoint import load_generator, load_text_encoder
 
 GPT = {**TINY_ARGS["generators"]["gpt"], **VARIANTS["gpt"]["text"]}
 
@@ -84,6 +87,25 @@ def test_a_prompt_is_sampled_from_anywhere(trained, run_script, tmp_path, monkey
     assert first.shape == (2, 24, 24, 3)
     assert np.array_equal(first, samples(run_script, tmp_path / "again", *words, "a small red circle"))
     samples(run_script, tmp_path / "empty", *words, "")
+    samples(run_script, tmp_path / "away", *words, "a small red circle", "--negative-prompt", "a blue square")
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_text(trained):
+    words = [
+        "sample.py",
+        "--checkpoint",
+        str(trained),
+        "--count",
+        "2",
+        "--prompt",
+        "red",
+        "--negative-prompt",
+        "a blue",
+    ]
+    script = runpy.run_path(str(ROOT / "sample.py"))
+    with patch("sys.argv", words):
+        condition, _ = script["texts"](script["parse"](), load_generator(trained))
+    assert torch.equal(condition.null().states[1], load_text_encoder(trained).encode(["a blue"]).states[0])
 
 
 def test_a_text_encoder_that_has_moved(trained, run_script, tmp_path):
@@ -112,6 +134,7 @@ CASES = [
     (SAMPLE + "/generator --class 3", ["generator is conditioned on text", "no --class"]),
     (SAMPLE + "/generator --prompt red --text-encoder {root}/wide", ["16 channels, got 24"]),
     (SAMPLE + "/classes --prompt red", ["--prompt", "classes is not: give --class"]),
+    (SAMPLE + "/classes --negative-prompt red", ["--negative-prompt", "classes is not: give --class"]),
     (SAMPLE + "/tokenizer --prompt red", ["--prompt is for a generator", "tokenizer holds a tokenizer"]),
 ]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tiny_models.args import TINY_ARGS
-from tiny_models.models import randomized
+from tiny_models.models import make_tokenizer, randomized
 from tiny_models.vae import save_vae
 from vistok.checkpoint import export, load_tokenizer
 from vistok.config import Component, build, to_plain
@@ -237,3 +237,80 @@ def test_nothing_half_written_is_left(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="at least 1 and workers at least 0, got 0, 32 and 0"):
         extract(model, tmp_path / "out", passes=0)
+
+
+# ---------------------------------------------------------------------- moments
+
+
+@pytest.fixture(scope="module")
+def bridge():
+    model = make_tokenizer("tokenbridge")
+    images = torch.stack([noise()["train"].get(index)["image"] for index in range(40)])
+    model.quantizer.fit(model.tokenizer.module.encode(images), "gaussian")
+    return model
+
+
+@pytest.fixture(scope="module")
+def drawn(bridge, tmp_path_factory):
+    """The cache of moments of ``noise()``."""
+    return extract(bridge, tmp_path_factory.mktemp("moments") / "noise", moments=True, batch_size=16)
+
+
+def test_moments_are_those_of_the_posterior_of_both_flips(bridge, drawn):
+    images = torch.stack([noise()["train"].get(index)["image"] for index in range(40)])
+    assert drawn["train"].latents.shape == (1, 40, 2, 6, 8, 8) and drawn["val"].latents.shape == (1, 9, 3, 8, 8)
+    for flip, each in enumerate((images, images.flip(-1))):
+        posterior, scale = bridge.tokenizer.module.posterior(each), bridge.tokenizer.module.config.scaling_factor
+        expected = torch.cat([posterior.mean, posterior.std], dim=1) * scale
+        stored = torch.from_numpy(drawn["train"].latents[0, :, flip].astype(np.float32))
+        torch.testing.assert_close(stored, expected, rtol=2**-11, atol=1e-5)
+
+
+def test_the_codes_of_means_are_those_of_the_images(bridge, drawn):
+    for split, data in noise().items():
+        images, means = (
+            torch.stack([source.get(index)[name] for index in range(len(data))])
+            for source, name in ((data, "image"), (drawn[split], "latent"))
+        )
+        exact, ids = bridge.encode_latent(images), bridge.tokenize(images).ids
+        assert bridge.encode_latent(exact) is exact and torch.equal(bridge.tokenize(exact).ids, ids)
+        assert (bridge.tokenize(means).ids == ids).float().mean() > 0.99, "a float16 is rounded"
+        assert (bridge.tokenize(means.flip(-1)).ids == ids).float().mean() < 0.9
+    assert torch.equal(bridge.decode_latent(exact), bridge.decode(exact.flatten(2).mT))
+
+
+def test_latents_are_drawn_from_image_and_mirror_image(drawn):
+    train = drawn["train"]
+    draws = torch.stack([train.get(3, rng(seed))["latent"] for seed in range(400)])
+    assert torch.equal(draws[7], train.get(3, rng(7))["latent"]), "a draw depends on its rng alone"
+    moments = torch.from_numpy(train.latents[0, 3].astype(np.float32))
+    means, stds = moments.chunk(2, dim=1)
+    mirrored = (draws[:, None] - means).square().mean((2, 3, 4)).argmin(dim=1)
+    assert 150 < mirrored.sum() < 250
+    for flip in (0, 1):
+        standard = (draws[mirrored == flip] - means[flip]) / stds[flip]
+        assert standard.mean().abs() < 0.02 and abs(standard.std() - 1) < 0.02
+    assert drawn["val"].has_moments is False
+    assert torch.equal(drawn["val"].get(3, rng(1))["latent"], drawn["val"].get(3)["latent"])
+
+
+def test_moments_are_refused_by_another_vae_and_by_one_without(bridge, model, drawn, tmp_path):
+    latent_cache.check_vae(drawn["train"], bridge)
+    finer = make_tokenizer("tokenbridge")
+    finer.set_order([2, 0, 1])
+    latent_cache.check_vae(drawn["train"], finer)
+    with pytest.raises(UserError, match="made by VAE"):
+        latent_cache.check_vae(drawn["train"], model)
+    with pytest.raises(UserError, match="FlexTok draws no latents: it has no moments"):
+        extract(model, tmp_path / "none", moments=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resumed_run_draws_what_an_uninterrupted_one_would(drawn):
+    def batches(done, workers):
+        loader = DataModule(drawn["train"], None, 4, workers, seed=7, consumed=lambda: done).train_dataloader()
+        return [batch["latent"] for batch in islice(loader, 4 - done // 4)]
+
+    whole = batches(0, 0)
+    for done, workers in ((8, 0), (4, 1)):
+        assert all(torch.equal(a, b) for a, b in zip(batches(done, workers), whole[done // 4 :], strict=True))

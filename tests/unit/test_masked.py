@@ -119,12 +119,27 @@ def test_every_position_is_predicted_once_and_by_its_own_draw(model):
 )
 def test_guidance_rises_with_what_is_known(schedule, scale, expected):
     spec = TokenSpec(Grid2D(2, 2), (8,) * 4, 4, 16)
-    model = build(replace(TINY, steps=3, guidance_schedule=schedule), spec)
-    scales = []
-    model.adapter.sample = lambda features, uniform, pick: scales.append(pick.scale) or uniform.long()
-    model.generate(ClassCondition(torch.arange(3)), SampleOptions(cfg_scale=scale), SampleRng.from_seed(0, 3))
-    # 3, 2 and, as the released sampler counts the last pass, 1 positions of 4 are left.
-    assert scales == pytest.approx(expected)
+    wanted = {"steps": 3, "guidance_schedule": schedule}
+    for config, extra in ((replace(TINY, **wanted), {}), (TINY, wanted)):
+        model, scales = build(config, spec), []
+        model.adapter.sample = lambda features, uniform, pick, seen=scales: seen.append(pick.scale) or uniform.long()
+        options = SampleOptions(cfg_scale=scale, extra=extra)
+        model.generate(ClassCondition(torch.arange(3)), options, SampleRng.from_seed(0, 3))
+        # 3, 2 and, as the released sampler counts the last pass, 1 positions of 4 are left.
+        assert scales == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"step": 3}, "no sampling option 'step'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"guidance_schedule": "cosine"}, "one of linear, constant, got cosine"),
+    ],
+)
+def test_sampling_options_are_checked(model, extra, message):
+    with pytest.raises(UserError, match=message):
+        model.generate(ClassCondition(torch.arange(3)), SampleOptions(extra=extra), SampleRng.from_seed(0, 3))
 
 
 def test_one_code_at_a_position_needs_no_head():
@@ -254,6 +269,7 @@ def test_a_release_becomes_an_export_that_knows_its_tokenizer(released, tmp_path
     tokenizer, other, out = (tmp_path / name for name in ("tokenizer", "other", "export"))
     for folder, spec in ((tokenizer, model.spec), (other, SPEC)):
         export(folder, "tokenizer", Component("tokenbridge"), spec, {"order": torch.arange(spec.num_slots)})
+    monkeypatch.setattr("vistok.published.load_tokenizer", lambda folder: None)  # of which it adopts nothing
 
     def convert(*words):
         monkeypatch.setattr("sys.argv", ["published", "masked", save(), "--out", str(out), *map(str, words)])

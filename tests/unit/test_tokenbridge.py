@@ -183,14 +183,19 @@ def test_flags_that_cannot_be_leave_nothing_behind(fitted, tmp_path, flags, mess
     assert not (tmp_path / "bridge").exists()
 
 
-def test_a_constant_channel_is_named(fitted, tmp_path):
+@pytest.mark.parametrize("mode", ["gaussian", "published"])
+@pytest.mark.parametrize(
+    ("bias", "message"), [(0.0, "channel 1 is constant"), (torch.nan, "channel 1 holds values that are not finite")]
+)
+def test_a_channel_without_a_distribution_is_named(fitted, tmp_path, mode, bias, message):
     model = make_tokenizer("klvae")
-    for tensor in (model.vae.quant_conv.weight, model.vae.quant_conv.bias):
-        torch.nn.init.zeros_(tensor.data[1])
+    torch.nn.init.zeros_(model.vae.quant_conv.weight.data[1])
+    torch.nn.init.constant_(model.vae.quant_conv.bias.data[1], bias)
     component = Component("klvae", to_plain(model.config))
     export(tmp_path / "dead", "tokenizer", component, model.spec, model.state_dict())
-    with pytest.raises(UserError, match="channel 1 is constant"):
-        fitted(tokenizer=tmp_path / "dead")
+    with pytest.raises(UserError, match=message):
+        fitted("--mode", mode, tokenizer=tmp_path / "dead")
+    assert not (tmp_path / "bridge").exists()
 
 
 def test_an_export_is_not_overwritten(fitted):

@@ -59,8 +59,14 @@ def extract_tokens(arguments: argparse.Namespace) -> None:
 @flag_for("data.args.", "--data-args ")
 def extract_latents(arguments: argparse.Namespace) -> None:
     """The latents of both splits of a data set, as a tokenizer's frozen VAE sees it, as a latent cache."""
-    tokenizer = _tokenizer_of_run(arguments.config, arguments.tokenizer_args)
-    _write_cache(partial(latent_cache.extract, tokenizer), tokenizer.spec.image_size_px, "latents", arguments)
+    if arguments.config:
+        tokenizer = _tokenizer_of_run(arguments.config, arguments.tokenizer_args)
+    elif arguments.tokenizer_args:
+        raise UserError("--tokenizer-args are for the tokenizer of a --config, not for an exported --tokenizer")
+    else:
+        tokenizer = load_tokenizer(arguments.tokenizer, arguments.device)
+    extract = partial(latent_cache.extract, tokenizer, moments=arguments.moments)
+    _write_cache(extract, tokenizer.spec.image_size_px, "latents", arguments)
 
 
 def draw_shapes(arguments: argparse.Namespace) -> None:
@@ -146,9 +152,13 @@ def _parser() -> argparse.ArgumentParser:
 
     part = command("latents", extract_latents, "--config configs/imagenet/flextok_d12_d12.yaml "
                    "--tokenizer-args alignment=null --data data/imagenet --out latents/ --passes 4")  # fmt: skip
-    part.add_argument("--config", required=True, metavar="FILE", help="YAML of the run whose tokenizer has the VAE")
+    whose = part.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--config", metavar="FILE", help="YAML of the run whose tokenizer has the VAE")
+    whose.add_argument("--tokenizer", metavar="DIR", help="exported tokenizer with the VAE, or its run folder")
     part.add_argument("--tokenizer-args", nargs="*", default=[], metavar="key=value",
                       help="as tokenizer.args of train.py, such as vae=DIR alignment=null")  # fmt: skip
+    part.add_argument("--moments", action="store_true",
+                      help="mean and deviation of training images and mirror images, to draw from")  # fmt: skip
     _add_cache_flags(part, batch_size=32)
 
     part = command("shapes", draw_shapes, "--out shapes_64/ --count 16 --image-size 64")

@@ -1,4 +1,4 @@
-"""``latent_cache``: a data set as a frozen VAE sees it, computed once, so that tokenizers train without its encoder.
+"""``latent_cache``: a data set as a frozen VAE sees it, computed once, so that models train without its encoder.
 
 A folder of a table for each split, of which loaders read the rows that they need, and what belongs to it:
 
@@ -6,18 +6,26 @@ A folder of a table for each split, of which loaders read the rows that they nee
     latents.json    hash of the VAE, size of the images, and for each split what the data are, labels, keys, captions
 
 Pass 0 holds the images as they are, each further pass of the training split augments them anew.
+
+With moments, the training split has what MAR and TokenBridge train on (arXiv 2406.11838): mean and standard deviation
+of the VAE's posterior, for each image and its mirror image,
+
+    train.npy           float16 (P, M, 2, 2 C, h, w): pass, image, image or mirror image, means before deviations
+
+and every sample is drawn anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from omegaconf import MISSING
 from torch import Tensor
 
@@ -42,6 +50,7 @@ class LatentCache(Cache):
 
     Attributes:
         latent_hash: of the VAE that made them; compare with :func:`check_vae`.
+        has_moments: a latent is drawn from the posterior of image or mirror image; it is the image's mean without rng.
 
     Raises:
         UserError: if the folder is no whole cache, or lacks the split, or is for another image size.
@@ -56,7 +65,7 @@ class LatentCache(Cache):
         self.file = folder / f"{split}.npy"
         self.labels = torch.tensor(self.part["labels"])
         try:
-            self.passes = len(self.latents)
+            self.passes, self.has_moments = len(self.latents), self.latents.ndim == 6
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{self.file} is no complete table of latents: {error}") from None
         self.latent_hash: str = header["latent_hash"]
@@ -65,6 +74,7 @@ class LatentCache(Cache):
             "split": split,
             "latent_hash": self.latent_hash,
             "passes": self.passes,
+            "moments": self.has_moments,
             "data": self.part["data"],
         }
 
@@ -79,6 +89,18 @@ class LatentCache(Cache):
 
     def stored(self, number: int, index: int) -> dict[str, Tensor]:
         return {"latent": torch.from_numpy(self.latents[number, index].astype(np.float32))}
+
+    def get(self, index: int, rng: torch.Generator | None = None) -> dict[str, Any]:
+        sample = super().get(index, rng)
+        return {**sample, "latent": draw(sample["latent"], rng)} if self.has_moments else sample
+
+
+def draw(moments: Float[Tensor, "2 2*C h w"], rng: torch.Generator | None) -> Float[Tensor, "C h w"]:
+    """A latent of image or mirror image, drawn from ``rng``; the mean of the image if that is None."""
+    if rng is None:
+        return moments[0].chunk(2)[0]
+    mean, std = moments[int(torch.randint(2, (), generator=rng))].chunk(2)
+    return mean + std * torch.randn(mean.shape, generator=rng)
 
 
 def build(config: Config, split: str, image_size_px: int) -> LatentCache:
@@ -107,6 +129,7 @@ def extract(
     out: str | Path,
     batch_size: int = 32,
     passes: int = 1,
+    moments: bool = False,
     seed: int = 0,
     workers: int = 0,
     device: torch.device | str = "cpu",
@@ -120,30 +143,43 @@ def extract(
         out: the folder to make.
         batch_size: images encoded at once.
         passes: of the training split; the others get one.
+        moments: keep the moments of the training split, of images and mirror images; the others get latents.
         seed: pass p > 0 augments image i by a stream that (seed, p, i) names.
         workers: loader processes.
         device: where to encode.
         progress: called with the number of images done since the last call.
 
     Raises:
-        UserError: if ``out`` exists, a number is out of range, the tokenizer has no VAE, or the disk is full.
+        UserError: if ``out`` exists, a number is out of range, the tokenizer has no VAE or moments, or the disk is
+            full.
     """
     shape = tokenizer.latent_shape
     if shape is None:
         raise UserError("this tokenizer has no VAE (its argument vae): there are no latents to cache")
 
-    def encode(images: Tensor) -> bytes:
-        return tokenizer.encode_latent(images.to(device)).to("cpu", torch.float16).numpy().tobytes()
-
     splits: dict[str, dict[str, Any]] = {}
     with new_folder(out) as folder:
         for split, dataset in datasets.items():
-            count = passes_of(split, passes)
+            count, both = passes_of(split, passes), moments and split == "train"
+            row = (2, 2 * shape[0], *shape[1:]) if both else shape
+            encode = partial(_encode, tokenizer, both, device)
             # Written as it comes, not through a mapped file: that would end the process where the disk is full.
             with open(folder / f"{split}.npy", "wb") as file:
-                table = {"descr": "<f2", "fortran_order": False, "shape": (count, len(dataset), *shape)}
+                table = {"descr": "<f2", "fortran_order": False, "shape": (count, len(dataset), *row)}
                 np.lib.format.write_array_header_1_0(file, table)
                 part, labels = go_through(dataset, count, encode, file.write, batch_size, seed, workers, progress)
             splits[split] = {**part, "labels": labels.tolist()}
         values = {"image_size_px": tokenizer.spec.image_size_px, "latent_hash": tokenizer.latent_hash}
         write_header(folder / HEADER, datasets, splits, **values)
+
+
+def _encode(
+    tokenizer: Autoencoder, moments: bool, device: torch.device | str, images: Float[Tensor, "B 3 H W"]
+) -> bytes:
+    """Rows of the table."""
+    images = images.to(device)
+    if moments:
+        rows = torch.stack([tokenizer.encode_moments(each) for each in (images, images.flip(-1))], dim=1)
+    else:
+        rows = tokenizer.encode_latent(images)
+    return rows.to("cpu", torch.float16).numpy().tobytes()

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -33,6 +33,8 @@ from vistok.interfaces import Condition, Generator, LossReport, SampleOptions
 from vistok.nn.transformer import MLP, Block
 from vistok.rng import SampleRng
 from vistok.tokens import Grid2D, Tokens, TokenSpec
+
+Schedule = Literal["linear", "constant"]
 
 
 def _published_head() -> HeadConfig:
@@ -73,7 +75,7 @@ class Config:
     condition_dropout: float = 0.1
     dropout: float = 0.1
     steps: int = 256
-    guidance_schedule: Literal["linear", "constant"] = "linear"
+    guidance_schedule: Schedule = "linear"
 
 
 class Masked(Generator):
@@ -226,7 +228,7 @@ class Masked(Generator):
         """Every sample fills the grid in a random order of its own; guidance runs both branches as one batch.
 
         Raises:
-            UserError: for a condition that is not of this model, or fewer tokens than the grid has.
+            UserError: for a condition or an option that is not of this model, or fewer tokens than the grid has.
         """
         self.check_condition(condition)
         device, total = self.mask_token.device, num_positions(self.spec, options.num_tokens)
@@ -247,13 +249,15 @@ class Masked(Generator):
         branches = len(both) // len(condition) if len(condition) else 1
         ids = torch.zeros_like(uniform, dtype=torch.int64)
         hidden = total = self.spec.num_positions
-        for left in hidden_after(total, self.config.steps):
+        settings = self._settings(options)
+        for left in hidden_after(total, settings["steps"]):
             if left < hidden:
                 now, visible = order[:, left:hidden], order[:, hidden:].sort(dim=1).values
                 both_visible = visible.repeat(branches, 1)
                 features = self.features(ids.repeat(branches, 1, 1), both_visible, both)
                 features = _take(features, now.repeat(branches, 1))
-                pick = Picker(options, self._guidance(options.scale_at(total - hidden), left))
+                scale = self._guidance(settings["guidance_schedule"], options.scale_at(total - hidden), left)
+                pick = Picker(options, scale)
                 draws = _take(uniform, now).flatten(0, 1)[:, None]
                 codes = self.adapter.sample(features.flatten(0, 1), draws, pick)
                 codes = codes.unflatten(0, now.shape).squeeze(2)
@@ -263,9 +267,27 @@ class Masked(Generator):
             hidden = left
         return Tokens(ids, self.spec)
 
-    def _guidance(self, scale: float, left: int) -> float:
+    @property
+    def sample_defaults(self) -> dict[str, Any]:
+        """Passes, and the schedule of guidance."""
+        return {"steps": self.config.steps, "guidance_schedule": self.config.guidance_schedule}
+
+    def _settings(self, options: SampleOptions) -> dict[str, Any]:
+        """Those of a generation.
+
+        Raises:
+            UserError: for an option or a value that there is not.
+        """
+        settings = self.sample_settings(options)
+        if settings["steps"] < 1:
+            raise UserError(f"masked: steps must be at least 1, got {settings['steps']}")
+        if (schedule := settings["guidance_schedule"]) not in get_args(Schedule):
+            raise UserError(f"masked: guidance_schedule must be one of {', '.join(get_args(Schedule))}, got {schedule}")
+        return settings
+
+    def _guidance(self, schedule: str, scale: float, left: int) -> float:
         """Guidance scale of the pass after which ``left`` positions are hidden."""
-        if self.config.guidance_schedule == "constant" or scale <= 1:
+        if schedule == "constant" or scale <= 1:
             return scale
         total = self.spec.num_positions
         # The last pass hides nothing, but is counted as if it hid one position, as in the released sampler.

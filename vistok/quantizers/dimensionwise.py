@@ -41,11 +41,11 @@ def gaussian_cells(num_levels: int, limit: float = 3.0) -> tuple[Float[Tensor, "
     Raises:
         UserError: for less than two levels, or so many that clamping leaves the outermost cells empty.
     """
-    edges = torch.special.ndtri(torch.arange(num_levels + 1, dtype=torch.float64, device="cpu") / max(num_levels, 1))
-    edges = edges.clamp(-limit, limit)
-    if num_levels < 2 or not bool((edges.diff() > 0).all()):
-        most = int(1 / torch.special.ndtr(torch.tensor(-limit, dtype=torch.float64)))
+    most = int(1 / torch.special.ndtr(torch.tensor(-limit, dtype=torch.float64, device="cpu")))
+    if not 2 <= num_levels <= most:
         raise UserError(f"the number of levels must lie in 2..{most}, got {num_levels}")
+    edges = torch.special.ndtri(torch.arange(num_levels + 1, dtype=torch.float64, device="cpu") / num_levels)
+    edges = edges.clamp(-limit, limit)
     density = torch.exp(-edges.square() / 2) / (2 * torch.pi) ** 0.5
     means = -density.diff() / torch.special.ndtr(edges).diff()
     return edges, (means - means.flip(0)) / 2
@@ -139,9 +139,8 @@ class DimensionwiseQuantizer(nn.Module):
         x = latents.reshape(-1, self.channels).T.double().contiguous()
         if x.shape[1] < self.num_levels:
             raise UserError(f"{self.num_levels} levels cannot be fitted to {x.shape[1]} values: give more images")
-        _refuse(~x.isfinite().all(dim=1), "holds values that are not finite")
+        check_latents(latents)
         mean, std = x.mean(dim=1, keepdim=True), x.std(dim=1, keepdim=True)
-        _refuse(std[:, 0] <= 1e-6 * mean[:, 0].abs(), "is constant")
         levels = mean + std * TABLES[mode]((x - mean) / std, self.num_levels)
         self.set_levels(levels.to(self.levels.device))
 
@@ -176,6 +175,13 @@ class DimensionwiseQuantizer(nn.Module):
     def _cells(self, x: Float[Tensor, "... C"]) -> Int[Tensor, "... C"]:
         cells = (x - self._low).mul_(self._cells_per_unit)
         return cells.nan_to_num_(0.0).clamp_(0, CELLS - 1).int()
+
+
+def check_latents(latents: Float[Tensor, "... C"]) -> None:
+    """Raise UserError naming a channel of ``latents`` that is constant or not finite."""
+    x = latents.reshape(-1, latents.shape[-1]).double()
+    _refuse(~x.isfinite().all(dim=0), "holds values that are not finite")
+    _refuse(x.std(dim=0) <= 1e-6 * x.mean(dim=0).abs(), "is constant")
 
 
 def spectral_order(latents: Float[Tensor, "M h w C"], cutoff: float = 0.25, drop_dc: bool = False) -> Int[Tensor, " C"]:

@@ -28,7 +28,8 @@ from vistok.interfaces import LatentTokenizer, LossReport, Tokenizer
 from vistok.nn.frozen import Frozen
 from vistok.quantizers.dimensionwise import DimensionwiseQuantizer
 from vistok.rng import SampleRng
-from vistok.tokens import Tokens
+from vistok.tokenizers.klvae import KLVAE
+from vistok.tokens import Grid2D, Tokens
 
 
 @dataclass
@@ -51,6 +52,8 @@ class TokenBridge(Tokenizer):
 
     A new one has the published table, and the channels in their own order.
 
+    Latents on a grid may be cached: it reads those in place of images.
+
     Args:
         config: where ``tokenizer`` was read from, and the number of levels.
         tokenizer: the latent tokenizer.
@@ -64,6 +67,10 @@ class TokenBridge(Tokenizer):
         self.tokenizer = Frozen(tokenizer)
         channels = tokenizer.spec.latent_dim
         self.spec = replace(tokenizer.spec, vocab_sizes=(config.levels,) * channels)
+        if isinstance(layout := self.spec.layout, Grid2D):
+            shape, size = (channels, layout.height, layout.width), self.spec.image_size_px
+            # Latents of the shape of images could not be told from them.
+            self.latent_shape = None if shape == (3, size, size) else shape
         self.quantizer = DimensionwiseQuantizer(channels, config.levels)
         self.register_buffer("order", torch.arange(channels))
 
@@ -88,12 +95,44 @@ class TokenBridge(Tokenizer):
         """The latent tokenizer."""
         return {"tokenizer": ExportFolder(self.config.tokenizer)}
 
+    @property
+    def latent_hash(self) -> str:
+        """Of the export of the latent tokenizer: tables and order play no part in its latents."""
+        return export_hash(self.config.tokenizer)
+
+    @torch.no_grad()
+    def encode_latent(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
+        """What is quantized, the mode of an encoder that describes a distribution; channels in their own order."""
+        self.check_images(images)
+        if self.latent_shape is None or self.is_latent(images):
+            return images
+        return self._encode(images).mT.unflatten(2, self.latent_shape[1:])
+
+    @torch.no_grad()
+    def encode_moments(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 2*C h w"]:
+        """Mean and standard deviation of the posterior of a KL-VAE, in the units of :meth:`encode_latent`."""
+        vae = self.tokenizer.on(images.device)
+        if not isinstance(vae, KLVAE):
+            return super().encode_moments(images)
+        with self.tokenizer.exact(images.device):
+            posterior = vae.posterior(images.float())
+        shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+        return torch.cat([(posterior.mean - shift) * scale, posterior.std * scale], dim=1)
+
+    def decode_latent(self, latent: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Inverse of :meth:`encode_latent`, nothing quantized."""
+        return latent if self.latent_shape is None else self.decode(latent.flatten(2).mT)
+
     @torch.no_grad()
     def tokenize(self, images: Float[Tensor, "B 3 H W"]) -> Tokens:
         """Ids of the nearest levels, one slot for each channel."""
-        with self.tokenizer.exact(images.device):
-            latents = self.tokenizer.on(images.device).encode(images)
+        latents = images.flatten(2).mT if self.is_latent(images) else self._encode(images)
         return Tokens(self.quantizer.quantize(latents)[..., self.order], self.spec)
+
+    def _encode(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N C"]:
+        self.check_images(images)
+        with self.tokenizer.exact(images.device):
+            return self.tokenizer.on(images.device).encode(images)
 
     def embed(self, tokens: Tokens) -> Float[Tensor, "B N C"]:
         """Latents at the levels, channels in their own order."""
