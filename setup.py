@@ -26,6 +26,7 @@ setup(
         "braceexpand",
         "einops",
         "jaxtyping",
+        "scikit-image",
         "scikit-learn",
         "scipy",
         "typing_extensions",

@@ -74,7 +74,7 @@ def test_bad_numbers_are_refused():
 
 
 def test_the_room_lists_its_data_sets():
-    assert available("data") == ["code_cache", "digits", "folders", "latent_cache", "shapes", "shards"]
+    assert available("data") == ["code_cache", "digits", "folders", "latent_cache", "photos", "shapes", "shards"]
 
 
 def test_stored_images_take_options_and_can_be_all_validation(tmp_path):

@@ -191,8 +191,8 @@ def load_data(text: str, split: str, image_size_px: int, args: dict[str, Any] | 
     """The data set that a word on a command line stands for.
 
     Args:
-        text: ``digits``, ``shapes``, an image folder, shards (``path/{000..003}.tar`` or a folder of ``.tar``
-            files), or the folder of a cache of codes or latents.
+        text: ``digits``, ``shapes``, ``photos``, an image folder, shards (``path/{000..003}.tar`` or a folder of
+            ``.tar`` files), or the folder of a cache of codes or latents.
         split: ``train`` or ``val``.
         image_size_px: side of the images.
         args: fields of the ``Config`` of whichever data set it is, as in a run's ``data.args``.
@@ -203,7 +203,7 @@ def load_data(text: str, split: str, image_size_px: int, args: dict[str, Any] | 
         UserError: if ``text`` is none of these, what it names cannot be read, or ``args`` do not fit it.
     """
     path = Path(text)
-    if text in ("digits", "shapes"):
+    if text in ("digits", "shapes", "photos"):
         component = config.Component(text)
     elif text.endswith(".tar") or any(path.glob("*.tar")) or any(path.glob("train/*.tar")):
         component = config.Component("shards", {"path": text, **stored})
@@ -215,7 +215,7 @@ def load_data(text: str, split: str, image_size_px: int, args: dict[str, Any] | 
         component = config.Component("folders", {"path": text, **stored})
     else:
         raise UserError(
-            f"no data called {text!r}: give digits, shapes, or the path of an image folder, "
+            f"no data called {text!r}: give digits, shapes, photos, or the path of an image folder, "
             "of shards (.tar) or of a cache"
         )
     component.args.update(args or {})

@@ -32,6 +32,14 @@ def random_crop(image: Image.Image, size_px: int, rng: torch.Generator) -> Image
     return _crop(image, left, top, size_px)
 
 
+def random_resized_crop(image: Image.Image, size_px: int, min_side: float, rng: torch.Generator) -> Image.Image:
+    """A square at a random place, its side ``min_side`` to all of the shorter side, resized to ``size_px``."""
+    shorter_px = min(image.size)
+    side_px = _draw(math.ceil(min_side * shorter_px), shorter_px, rng)
+    left, top = _draw(0, image.width - side_px, rng), _draw(0, image.height - side_px, rng)
+    return _resize_shorter_side(_crop(image, left, top, side_px), size_px)
+
+
 def random_flip(image: Image.Image, rng: torch.Generator) -> Image.Image:
     """The image or its mirror image, with equal probability."""
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if _draw(0, 1, rng) else image

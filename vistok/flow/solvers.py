@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -14,19 +15,23 @@ def euler(
     noise: Tensor,
     steps: int,
     progress: Callable[[int], None] | None = None,
+    power: float = 1.0,
 ) -> Tensor:
-    """``steps`` Euler steps of equal length; the state stays float32 whatever the velocity is computed in.
+    """``steps`` Euler steps; the state stays float32 whatever the velocity is computed in.
 
     Args:
         velocity: ``(state, time) -> d state / d time``.
         noise: state at time 1.
         steps: at least 1.
         progress: called with 1 after each step.
+        power: of the schedule: step k of S, counted down, begins at time ``(k / S) ** (1 / power)``. 1 makes all steps
+            equal, less than 1 long ones near the noise and short ones near the data.
     """
     state = noise.float()
-    for step in range(steps, 0, -1):
-        time = torch.full((state.shape[0],), step / steps, device=state.device)
-        state = state - velocity(state, time).float() / steps
+    times = [(step / steps) ** (1 / power) for step in range(steps, -1, -1)]
+    for now, after in pairwise(times):
+        time = torch.full((state.shape[0],), now, device=state.device)
+        state = state + (after - now) * velocity(state, time).float()
         if progress is not None:
             progress(1)
     return state

@@ -22,3 +22,17 @@ def mode_time(uniform: Float[Tensor, " B"], scale: float) -> Float[Tensor, " B"]
 def logit_normal_time(normal: Float[Tensor, " B"], mean: float = 0.0, std: float = 1.0) -> Float[Tensor, " B"]:
     """Sigmoid of a normal draw: most mass in the middle of the path."""
     return torch.sigmoid(mean + std * normal)
+
+
+def fat_logit_normal_time(
+    normal: Float[Tensor, ...], uniform: Float[Tensor, ...], choice: Float[Tensor, ...], share: float = 0.1
+) -> Float[Tensor, ...]:
+    """Logit-normal times of which a ``share`` is uniform instead, so that no time is left out (FlowMo, UniFlow).
+
+    Args:
+        normal: standard normal draws.
+        uniform: draws in [0, 1), the times of that share.
+        choice: draws in [0, 1) that say which.
+        share: of uniform times.
+    """
+    return torch.where(choice < share, uniform, logit_normal_time(normal))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -28,12 +30,23 @@ class KVCache:
         self.capacity = capacity
         self._store: list[Tensor | None] = [None] * num_layers
         self.length = 0
+        self._is_glance = False
+
+    def glance(self) -> KVCache:
+        """The same past for one pass whose own positions are forgotten; what is stored stays as it is."""
+        other = copy(self)
+        other._is_glance = True
+        return other
 
     def extend(
         self, layer: int, keys: Float[Tensor, "B heads n d"], values: Float[Tensor, "B heads n d"]
     ) -> tuple[Float[Tensor, "B heads N d"], Float[Tensor, "B heads N d"]]:
         """Store the new positions of ``layer`` and return all of them; :meth:`advance` makes them past."""
         store = self._store[layer]
+        if self._is_glance:
+            assert store is not None, "there is no past to look back at"
+            past = store[:, :, :, : self.length]
+            return torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
         if store is None:
             batch, heads, _, head_dim = keys.shape
             store = self._store[layer] = keys.new_empty(2, batch, heads, self.capacity, head_dim)
@@ -79,7 +92,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B n D"],
-        mask: Bool[Tensor, "n N"] | Float[Tensor, "B 1 1 N"] | None = None,
+        mask: Bool[Tensor, "n N"] | Bool[Tensor, "B 1 n N"] | Float[Tensor, "B 1 1 N"] | None = None,
         causal: bool = False,
         rope: Rotation | None = None,
         cache: tuple[KVCache, int] | None = None,

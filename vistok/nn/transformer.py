@@ -27,29 +27,37 @@ class SwiGLU(nn.Module):
 
 
 class MLP(nn.Module):
-    """``down(dropout(gelu(up x)))`` with biases, as in vision transformers."""
+    """``down(dropout(gelu(up x)))`` with biases, as in vision transformers.
 
-    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+    Args:
+        width: channels in.
+        hidden: hidden channels.
+        dropout: on the hidden channels.
+        out: channels out; None for ``width``.
+    """
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0, out: int | None = None) -> None:
         super().__init__()
         self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
+        self.down = nn.Linear(hidden, width if out is None else out)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N C"]:
         return self.down(self.dropout(F.gelu(self.up(x))))
 
 
 class Block(nn.Module):
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
 
-    With ``condition_dim`` both sublayers are modulated: ``x + gate * f(norm(x) * (1 + scale) + shift)``.
+    With ``norm_after`` the norms act on what the sublayers return: ``x + norm(attention(x))``. With ``condition_dim``
+    both sublayers are modulated: ``x + gate * f(norm(x) * (1 + scale) + shift)``.
 
     Args:
         width: channels.
         heads: attention heads.
         hidden: hidden channels of the MLP.
         norm: makes a normalisation layer for a width.
-        qk_norm: normalise queries and keys too, with such layers of their own.
+        qk_norm: normalise queries and keys too, with layers of their own: such ones, or those that it makes.
         scale: see :class:`Attention`.
         dropout: on the output of both sublayers.
         condition_dim: channels of the modulating condition; None for a plain block.
@@ -58,6 +66,7 @@ class Block(nn.Module):
         mlp: makes the MLP for a width and its hidden channels.
         bias: of the attention's projections.
         attention_dropout: on the attention weights.
+        norm_after: of a plain block, normalise outputs of the sublayers in place of their inputs.
     """
 
     def __init__(
@@ -66,7 +75,7 @@ class Block(nn.Module):
         heads: int,
         hidden: int,
         norm: Callable[[int], nn.Module],
-        qk_norm: bool = False,
+        qk_norm: bool | Callable[[int], nn.Module] = False,
         scale: float | None = None,
         dropout: float = 0.0,
         condition_dim: int | None = None,
@@ -75,10 +84,13 @@ class Block(nn.Module):
         mlp: Callable[[int, int], nn.Module] = SwiGLU,
         bias: bool = False,
         attention_dropout: float = 0.0,
+        norm_after: bool = False,
     ) -> None:
         super().__init__()
+        self.norm_after = norm_after
         self.attention_norm = norm(width)
-        self.attention = Attention(width, heads, norm if qk_norm else None, scale, bias, attention_dropout)
+        qk = norm if qk_norm is True else qk_norm or None
+        self.attention = Attention(width, heads, qk, scale, bias, attention_dropout)
         if cross:
             self.cross_norm = norm(width)
             self.cross_attention = CrossAttention(width, heads)
@@ -90,7 +102,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B N D"],
-        mask: Bool[Tensor, "N N"] | None = None,
+        mask: Bool[Tensor, "n N"] | Bool[Tensor, "B 1 n N"] | None = None,
         causal: bool = False,
         rope: Rotation | None = None,
         cache: tuple[KVCache, int] | None = None,
@@ -100,12 +112,17 @@ class Block(nn.Module):
     ) -> Float[Tensor, "B N D"]:
         """Arguments as in :meth:`Attention.forward`, :func:`modulate` and :meth:`CrossAttention.forward`."""
         if self.modulation is None:
-            x = x + self.dropout(self.attention(self.attention_norm(x), mask, causal, rope, cache))
+            x = self._add(x, lambda y: self.attention(y, mask, causal, rope, cache), self.attention_norm)
             if context is not None:
-                x = x + self.dropout(self.cross_attention(self.cross_norm(x), context))
-            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+                x = self._add(x, lambda y: self.cross_attention(y, context), self.cross_norm)
+            return self._add(x, self.mlp, self.mlp_norm)
         gate_a, gate_m, shift_a, scale_a, shift_m, scale_m = self.modulation(condition)
         y = modulate(self.attention_norm(x), shift_a, scale_a, lengths)
         x = add_gated(x, self.dropout(self.attention(y, mask, causal, rope, cache)), gate_a, lengths)
         y = modulate(self.mlp_norm(x), shift_m, scale_m, lengths)
         return add_gated(x, self.dropout(self.mlp(y)), gate_m, lengths)
+
+    def _add(
+        self, x: Float[Tensor, "B N D"], sublayer: Callable[[Tensor], Tensor], norm: nn.Module
+    ) -> Float[Tensor, "B N D"]:
+        return x + self.dropout(norm(sublayer(x)) if self.norm_after else sublayer(norm(x)))

@@ -1,4 +1,4 @@
-"""Any vision transformer of timm as a frozen teacher: images -> one feature vector per patch."""
+"""Any vision transformer of timm, frozen as a teacher or trained: images -> one feature vector per patch."""
 
 from __future__ import annotations
 
@@ -16,65 +16,135 @@ from vistok.checkpoint import load_strictly, load_weights
 from vistok.errors import UserError, first_line
 
 
-class VisionTeacher(nn.Module):
-    """A timm vision transformer with its own image size and normalisation inside.
+class VisionTower(nn.Module):
+    """A timm vision transformer: images of its own size -> one feature vector per patch.
 
-    Its features are those of timm's ``forward_features``, patches only (DINOv2: behind the last norm).
+    Its features are those of timm's ``forward_features``, patches only (DINOv2, CLIP: behind the last norm).
 
     Args:
-        model: of timm, without a classifier.
+        model: of timm.
+        normalize: by the model's own mean and standard deviation; False takes images as they are.
 
     Attributes:
         width: channels of a feature.
         grid: rows and columns of patches.
+        patch_size: side of a patch, px.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, normalize: bool = True) -> None:
         super().__init__()
         self.model = model
+        self.normalize = normalize
         self.width: int = model.num_features
         self.grid: tuple[int, int] = model.patch_embed.grid_size
+        self.patch_size: int = model.patch_embed.patch_size[0]
         for name in ("mean", "std"):
             value = torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
 
+    def pixels(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        """Images in [-1, 1] as the model was trained on them."""
+        return ((images + 1) / 2 - self.mean) / self.std if self.normalize else images
+
+    def images(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        """Inverse of :meth:`pixels`."""
+        return (pixels * self.std + self.mean) * 2 - 1 if self.normalize else pixels
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w C"]:
+        """One feature per patch of images in [-1, 1]."""
+        features = self.model.forward_features(self.pixels(images))
+        return features[:, self.model.num_prefix_tokens :].unflatten(1, self.grid)
+
+    def with_layers(
+        self, images: Float[Tensor, "B 3 H W"]
+    ) -> tuple[Float[Tensor, "B N C"], list[Float[Tensor, "B N C"]]]:
+        """The features in raster order, and what every block makes of the patches."""
+        features, layers = self.model.forward_intermediates(self.pixels(images), output_fmt="NLC")
+        return features[:, self.model.num_prefix_tokens :], layers
+
+
+class VisionTeacher(VisionTower):
+    """A tower for images of any size; where its model has a classifier, the features are what that makes of each patch.
+
+    Args:
+        model: of timm.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.width = model.num_classes or model.num_features
+
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w C"]:
         """One feature per patch of images in [-1, 1] of any size."""
         x = F.interpolate(images, self.model.patch_embed.img_size, mode="bicubic", antialias=True)
-        features = self.model.forward_features(((x + 1) / 2 - self.mean) / self.std)
-        return features[:, self.model.num_prefix_tokens :].unflatten(1, self.grid)
+        return self.model.head(super().forward(x))
 
 
-def load_teacher(name: str, weights: str | Path, **args: Any) -> VisionTeacher:
+def make_tower(name: str, penultimate: bool = False, normalize: bool = True, **args: Any) -> VisionTower:
+    """A timm vision transformer with fresh weights and nothing that its features do not need.
+
+    Args:
+        name: of timm, such as ``vit_base_patch16_clip_quickgelu_224``.
+        penultimate: features are the output of the last block but one, without the norm behind the blocks.
+        normalize: see :class:`VisionTower`.
+        args: arguments of ``timm.create_model``, such as ``img_size``.
+
+    Raises:
+        UserError: naming the unknown model, or the argument that it does not take.
+    """
+    model = _make(name, {**args, "num_classes": 0})
+    _prune(model, penultimate)
+    return VisionTower(model, normalize)
+
+
+def load_teacher(
+    name: str, weights: str | Path, outputs: int = 0, penultimate: bool = False, **args: Any
+) -> VisionTeacher:
     """A timm vision transformer with the weights of a file; nothing is downloaded.
 
     Args:
         name: of timm, such as ``vit_large_patch14_dinov2.lvd142m``.
         weights: ``.safetensors`` or a torch file (read without running anything in it), in timm's layout or the
             authors' where timm converts it. Positions are resampled to the model's grid; a classifier is left out.
+        outputs: of the model's classifier, which then stays and is applied to every patch (CLIP: the projection to the
+            space that it shares with texts); 0 leaves it out.
+        penultimate: see :func:`make_tower`.
         args: arguments of ``timm.create_model``, such as ``img_size``.
 
     Raises:
         UserError: naming the unknown model, the argument that it does not take, the file that is missing or
             unreadable, or the keys that do not fit.
     """
+    with torch.random.fork_rng(devices=[]):  # its first weights are dropped: whoever uses it must not notice
+        model = _make(name, {**args, "num_classes": outputs})
+    load_strictly(model, _converted(model, _read(Path(weights), name), weights), weights)
+    if penultimate:
+        _prune(model, penultimate)
+    return VisionTeacher(model)
+
+
+def _make(name: str, args: dict[str, Any]) -> Any:
+    """A timm model that is a vision transformer with patch tokens."""
     import timm  # slow to import
 
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise UserError(f"timm has no model {name!r}{'; did you mean ' + ', '.join(close) + '?' if close else ''}")
     try:
-        with torch.random.fork_rng(devices=[]):  # its first weights are dropped: whoever uses it must not notice
-            model: Any = timm.create_model(name, pretrained=False, **{**args, "num_classes": 0})
+        model: Any = timm.create_model(name, pretrained=False, **args)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"timm cannot make {name} with {args}: {first_line(error)}") from None
     if not (hasattr(model, "num_prefix_tokens") and hasattr(model, "patch_embed")):
         raise UserError(f"timm's {name} is no vision transformer with patch tokens")
-    load_strictly(model, _converted(model, _read(Path(weights), name), weights), weights)
-    return VisionTeacher(model)
+    return model
+
+
+def _prune(model: Any, penultimate: bool) -> None:
+    """Take away what the features do not need."""
+    model.prune_intermediate_layers([-2 if penultimate else -1], prune_norm=penultimate)
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:
@@ -93,12 +163,14 @@ def _read(path: Path, name: str) -> dict[str, Any]:
 
 
 def _converted(model: Any, state: dict[str, Any], source: str | Path) -> dict[str, Tensor]:
-    """``state`` in the layout of ``model``, without its classifier, by the filter of the model's family."""
+    """``state`` in the layout of ``model``, without a classifier that it lacks, by the filter of its family."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda state, model: state)
     try:
         state = convert(state, model)
     except (KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{source} holds no weights of {type(model).__name__}: {first_line(error)}") from None
+    if model.num_classes:
+        return state
     heads = model.pretrained_cfg["classifier"]  # one name or several
     heads = {heads} if isinstance(heads, str) else set(heads)
     return {key: value for key, value in state.items() if key.rsplit(".", 1)[0] not in heads}
