@@ -1,6 +1,7 @@
 """Turn a released checkpoint into an export folder that every command line takes.
 
 python -m vistok.published flextok EPFL-VILAB/flextok_d12_d12_in1k --out weights/flextok_d12_d12
+python -m vistok.published vqgan FoundationVision/LlamaGen/vq_ds16_c2i.pt --out weights/vq16
 python -m vistok.published masked tokenbridge_large --tokenizer weights/tokenbridge_kl16 --out weights/tokenbridge_large
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vistok import cli
-from vistok.checkpoint import export, export_hash, export_info
+from vistok.checkpoint import export, export_hash, export_info, load_tokenizer
 from vistok.config import Component, available, component_module, to_plain
 from vistok.errors import UserError
 from vistok.tokens import TokenSpec
@@ -47,6 +48,7 @@ def main() -> None:
     extra = {"weights": "published", "source": args.source}
     if kind == "generator":
         extra |= modelled(args.tokenizer, model.spec, args.out)
+        model.adopt(load_tokenizer(args.tokenizer))
     helpers = model.frozen_helpers if kind == "tokenizer" else None
     scale = f", scaling_factor {component.args['scaling_factor']}" if "scaling_factor" in component.args else ""
     export(args.out, kind, component, model.spec, model.state_dict(), extra, helpers)

@@ -25,7 +25,8 @@ from vistok.cli import ArgumentParser, add_data_flags, flag_for, main, positive_
 from vistok.config import parse_overrides
 from vistok.data.datamodule import CheckableDataset, load_images
 from vistok.errors import UserError
-from vistok.eval import generation, reconstruction
+from vistok.eval import generation, probe, reconstruction
+from vistok.eval.codebook import describe
 from vistok.eval.curves import curve_of, plot_by_tokens
 from vistok.eval.features import SMALL_NETWORKS, WEIGHTS_FOLDER, FeatureNetwork, load_features
 from vistok.eval.fid import fid_notes
@@ -33,9 +34,18 @@ from vistok.eval.images import image_batches
 from vistok.eval.protocol import EvalProtocol, compare, load_result, number, save_result, table_by_tokens
 from vistok.eval.report import write_report
 from vistok.eval.train_features import train_features
+from vistok.eval.train_teacher import NAME, TEACHERS, train_teacher
 from vistok.interfaces import NULL_CLASS, ClassCondition, SampleOptions
 from vistok.pictures import labelled_grid, rows_by_label, save_npz, save_png
-from vistok.pipeline import decode_prefixes, load_models, prefix_lengths, read_decode_options, sample_tokens
+from vistok.pipeline import (
+    decode_prefixes,
+    load_models,
+    prefix_lengths,
+    read_decode_options,
+    read_feature_options,
+    read_sample_options,
+    sample_tokens,
+)
 
 console = Console()
 
@@ -44,6 +54,7 @@ EXAMPLES = """examples:
   python -m vistok.eval reconstruction --checkpoint runs/demo/tokenizer --data DIR --features none
   python -m vistok.eval generation --checkpoint runs/demo/generator --data digits --count 500 --cfg-scale 2
   python -m vistok.eval generation --checkpoint runs/demo/generator --data digits --tokens 1,2,4,8,16
+  python -m vistok.eval probe --checkpoint runs/digits/tokenflow --data digits --features branch=semantic
   python -m vistok.eval compare a.json b.json
   python -m vistok.eval report --run runs/demo
 """
@@ -91,10 +102,7 @@ def run_reconstruction(args: argparse.Namespace) -> None:
     )
     save_png(picture, args.out / "reconstruction.png")
     notes = fid_notes(network, protocol.count, protocol.count) if network else []
-    if codebook := metrics["codebook"]:
-        figures = (f"{name} {number(codebook[name])}" for name in ("usage", "entropy_bits", "perplexity"))
-        notes.insert(0, f"codebook: {', '.join(figures)}")
-    _save(args, started, protocol, metrics, notes)
+    _save(args, started, protocol, metrics, describe(metrics["codebook"]) + notes)
 
 
 @flag_for("data.args.", "--data-args ")
@@ -112,6 +120,7 @@ def run_generation(args: argparse.Namespace) -> None:
     lengths = prefix_lengths(tokenizer.spec, args.tokens or [tokenizer.spec.num_positions])
     size = tokenizer.spec.image_size_px
     decode = read_decode_options(tokenizer, args.decode)
+    options = replace(options, extra=read_sample_options(generator, args.sampling))
     data_args = parse_overrides(args.data_args)
     reference, held_out = (load_images(args.data, split, size, data_args) for split in ("train", "val"))
     if generator.num_classes and reference.num_classes not in (0, generator.num_classes):
@@ -173,6 +182,46 @@ def run_generation(args: argparse.Namespace) -> None:
     _save(args, started, protocol, metrics, notes)
 
 
+@flag_for("data.args.", "--data-args ")
+def run_probe(args: argparse.Namespace) -> None:
+    """Fit a linear classifier to a tokenizer's features."""
+    started = time.perf_counter()
+    model = load_autoencoder(args.checkpoint, args.device)
+    options = read_feature_options(model, args.features)
+    size, data_args = model.spec.image_size_px, parse_overrides(args.data_args)
+    train, held_out = (load_images(args.data, split, size, data_args) for split in ("train", "val"))
+    with tqdm(total=len(train) + len(held_out), desc="features", unit="img", leave=False) as bar:
+        read, known = (
+            probe.pooled_features(
+                model,
+                image_batches(dataset, args.batch_size, args.workers),
+                args.pool,
+                options,
+                args.device,
+                bar.update,
+            )
+            for dataset in (train, held_out)
+        )
+    counts = {"train": len(read[1]), "held_out": len(known[1])}
+    protocol = EvalProtocol(
+        task="probe",
+        data=held_out.description,
+        split="val",
+        count=counts["held_out"],
+        image_size_px=size,
+        quantised=False,
+        weights={"tokenizer": export_info(args.checkpoint).get("weights", "unknown")},
+        settings={"features": options, "pool": args.pool},
+        seed=0,
+        features={},
+        reference={"images": "train", "count": counts["train"], "data": train.description},
+        definitions=probe.DEFINITIONS,
+        models={"tokenizer": export_hash(args.checkpoint)},
+    )
+    metrics = {"tokens": {str(model.spec.num_positions): probe.linear_probe(read, known)}, "counts": counts}
+    _save(args, started, protocol, metrics, [f"features: {read[0].shape[1]} values of an image, {args.pool} pooled"])
+
+
 def run_compare(args: argparse.Namespace) -> None:
     """Put two results side by side."""
     values = compare(args.first, args.second, args.force)
@@ -202,6 +251,14 @@ def run_train_features(args: argparse.Namespace) -> None:
     accuracy = train_features(args.name, path, args.seed)
     answers = ", ".join(f"{head} {value:.2%}" for head, value in accuracy.items())
     console.print(f"{path}: {path.stat().st_size / 1e3:.0f} kB, right on held-out images: {answers}", highlight=False)
+
+
+def run_train_teacher(args: argparse.Namespace) -> None:
+    """Train a small vision transformer on toy images."""
+    sizes = TEACHERS[args.name]
+    accuracy = train_teacher(args.name, args.out, sizes, args.epochs, args.seed)
+    console.print(f"{args.out}: timm's {NAME} with {sizes}", highlight=False, soft_wrap=True)
+    console.print(f"right on held-out images: {accuracy:.2%}", highlight=False)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -241,6 +298,9 @@ def build_parser() -> argparse.ArgumentParser:
     two.add_argument("--top-k", type=int, default=0, help="keep the k likeliest codes; 0 keeps all (default: 0)")
     two.add_argument("--top-p", type=float, default=1.0, help="keep this much probability; 1 keeps all (default: 1)")
     two.add_argument(
+        "--sampling", nargs="*", default=[], metavar="key=value", help="of this kind of generator, such as steps=64"
+    )
+    two.add_argument(
         "--no-copies", dest="copies", action="store_false", help="skip the share of copies (slow on big data)"
     )
     two.add_argument(
@@ -262,13 +322,35 @@ def build_parser() -> argparse.ArgumentParser:
     five.add_argument("name", choices=sorted(SMALL_NETWORKS))
     five.add_argument("--out", type=Path, metavar="FILE", help="default: the file inside the package")
     five.add_argument("--seed", type=int, default=0)
+
+    six = add("probe", run_probe, "accuracy of a linear classifier on a tokenizer's features")
+    _add_source(six)
+    six.add_argument(
+        "--features", nargs="*", default=[], metavar="key=value", help="options of its features, such as branch=pixel"
+    )
+    six.add_argument(
+        "--pool", default="mean", choices=("mean", "flatten"), help="what is done with positions (default: mean)"
+    )
+
+    seven = add("train-teacher", run_train_teacher, "train a small vision transformer on toy images, to distil it")
+    seven.add_argument("name", choices=sorted(TEACHERS))
+    seven.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+    seven.add_argument("--epochs", type=positive_int, default=80, help="default: %(default)s")
+    seven.add_argument("--seed", type=int, default=0)
     return parser
 
 
-def _add_common(parser: argparse.ArgumentParser, more_features: tuple[str, ...] = ()) -> None:
+def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="run or export folder")
     add_data_flags(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results go (default: CHECKPOINT/eval)")
+    parser.add_argument("--batch-size", type=positive_int, default=100, help="images at a time (default: 100)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, type=usable_device, help="default: %(default)s")
+
+
+def _add_common(parser: argparse.ArgumentParser, more_features: tuple[str, ...] = ()) -> None:
+    _add_source(parser)
     parser.add_argument(
         "--features",
         metavar="NAME",
@@ -277,9 +359,6 @@ def _add_common(parser: argparse.ArgumentParser, more_features: tuple[str, ...] 
     )
     parser.add_argument("--decode", nargs="*", default=[], metavar="key=value", help="decode options, such as steps=8")
     parser.add_argument("--seed", type=int, default=0, help="names all noise (default: 0)")
-    parser.add_argument("--batch-size", type=positive_int, default=100, help="images at a time (default: 100)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, type=usable_device, help="default: %(default)s")
 
 
 def _features(args: argparse.Namespace) -> FeatureNetwork:
@@ -295,7 +374,8 @@ def _identity(network: FeatureNetwork | None) -> dict[str, str]:
 
 def _sampling(options: SampleOptions) -> dict[str, Any]:
     """The options that change samples, without the number of tokens."""
-    return {name: value for name, value in asdict(options).items() if name not in ("num_tokens", "use_cache")}
+    values = {name: value for name, value in asdict(options).items() if name not in ("num_tokens", "use_cache")}
+    return values | values.pop("extra")
 
 
 def _run_details(args: argparse.Namespace, started: float) -> dict[str, Any]:
