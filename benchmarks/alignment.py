@@ -2,7 +2,8 @@
 
 python benchmarks/alignment.py [--updates 2800 --seeds 0 1 --weight 1 --layer 0]
 
-The teacher is a small vision transformer of timm that learns here to tell the digits apart, on their training split.
+The teacher is a small vision transformer of timm that learns here to tell the digits apart, on their training split
+(as python -m vistok.eval train-teacher, with larger patches).
 Both sides are configs/digits/flextok.yaml, with the same initial weights, images and draws.
 """
 
@@ -12,25 +13,20 @@ import tempfile
 import time
 from pathlib import Path
 
-import timm
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from vistok.checkpoint import load_tokenizer
 from vistok.data.datamodule import load_data
 from vistok.eval.reconstruction import measure_reconstruction
-from vistok.eval.train_features import RECIPES, augment
+from vistok.eval.train_teacher import NAME, TEACHERS, train_teacher
 from vistok.interfaces import Tokenizer
 from vistok.pipeline import prefix_lengths
 from vistok.rng import seeded_generator
 from vistok.training.run import load_config, train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits" / "flextok.yaml"
-TEACHER = "vit_tiny_patch16_224"
-# The patches of the decoder, at twice the size; the classifier pools patches, so that they are what it learns.
-TEACHER_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
-TEACHER_ARGS |= {"global_pool": "avg", "fc_norm": False, "class_token": False}
+# The patches of the decoder, at twice the size.
+TEACHER_ARGS = {**TEACHERS["digits"], "img_size": 32, "patch_size": 8}
 VAL_DRAWS = 16
 
 
@@ -38,27 +34,6 @@ def split(name: str, size_px: int) -> tuple[torch.Tensor, torch.Tensor]:
     data = load_data("digits", name, size_px)
     samples = [data.get(index) for index in range(len(data))]
     return torch.stack([sample["image"] for sample in samples]), torch.tensor([sample["label"] for sample in samples])
-
-
-def train_teacher(path: Path, epochs: int) -> float:
-    """Write the weights of a classifier of digits; its accuracy on held-out ones."""
-    torch.manual_seed(0)
-    model = timm.create_model(TEACHER, num_classes=10, **TEACHER_ARGS)
-    images, labels = split("train", TEACHER_ARGS["img_size"])
-    rng = seeded_generator("teacher", 0)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-    batches = -(-len(images) // 64)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, epochs * batches)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(images), generator=rng).split(64):
-            optimizer.zero_grad()
-            F.cross_entropy(model(augment(images[rows], RECIPES["digits"], rng)), labels[rows]).backward()
-            optimizer.step()
-            schedule.step()
-    save_file(model.state_dict(), path)
-    images, labels = split("val", TEACHER_ARGS["img_size"])
-    with torch.no_grad():
-        return float((model.eval()(images).argmax(1) == labels).float().mean())
 
 
 @torch.no_grad()
@@ -78,9 +53,9 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "teacher.safetensors"
-        accuracy = train_teacher(weights, args.teacher_epochs)
+        accuracy = train_teacher("digits", weights, TEACHER_ARGS, args.teacher_epochs)
         alignment = {
-            "teacher": TEACHER,
+            "teacher": NAME,
             "teacher_weights": str(weights),
             "weight": args.weight,
             "layer": args.layer,

@@ -45,7 +45,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """``--data``, ``--data-args`` and ``--workers``, for commands that read images."""
-    parser.add_argument("--data", required=True, help="digits, shapes, an image folder or shards")
+    parser.add_argument("--data", required=True, help="digits, shapes, photos, an image folder or shards")
     parser.add_argument(
         "--data-args",
         nargs="*",

@@ -9,9 +9,17 @@ from vistok.errors import UserError
 from vistok.interfaces import Tokenizer
 
 
-@pytest.fixture(params=tokenizer_names(Tokenizer))
+def variants(name):
+    """A registered model at its tiny size, and with the other parts that it can have."""
+    return {"plain": {}, **VARIANTS.get(name, {})}
+
+
+@pytest.fixture(
+    params=[(name, variant) for name in tokenizer_names(Tokenizer) for variant in variants(name)], ids="-".join
+)
 def tokenizer(request):
-    return make_tokenizer(request.param)
+    name, variant = request.param
+    return make_tokenizer(name, **variants(name)[variant])
 
 
 @pytest.fixture
@@ -28,15 +36,14 @@ def accepted_layouts():
                 make_generator(name, spec)
             except UserError:
                 continue
-            for variant in ("plain", *VARIANTS.get(name, {})):
+            for variant in variants(name):
                 yield name, variant, layout
 
 
 @pytest.fixture(params=accepted_layouts(), ids="-".join)
 def generator(request):
     name, variant, layout = request.param
-    args = {} if variant == "plain" else VARIANTS[name][variant]
-    return make_generator(name, SPECS[layout], **args)
+    return make_generator(name, SPECS[layout], **variants(name)[variant])
 
 
 @pytest.fixture

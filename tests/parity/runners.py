@@ -1,9 +1,14 @@
 """What we compute for each component of the parity cases: ``RUNNERS[component](case) -> {output name: tensor}``."""
 
+import runners_quantizers  # noqa: F401
+import runners_tokenflow  # noqa: F401
+import runners_tokenflow_t2i  # noqa: F401
+import runners_uniflow  # noqa: F401
+import runners_vqgan  # noqa: F401
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from harness import filled
+from harness import RUNNERS, filled, runner
 
 from vistok.checkpoint import KeyMap, load_strictly
 from vistok.flow.guidance import guide, guide_projected
@@ -21,17 +26,6 @@ from vistok.quantizers.fsq import FSQ
 from vistok.rng import SampleRng
 from vistok.tokenizers import flextok, flextok_published, klvae, klvae_published
 from vistok.tokens import Grid2D, Tokens, TokenSpec
-
-RUNNERS = {}
-
-
-def runner(component):
-    def register(function):
-        RUNNERS[component] = function
-        return function
-
-    return register
-
 
 # ---------------------------------------------------------------------- FlexTok
 

@@ -29,7 +29,7 @@ from vistok.pipeline import (
     sample_tokens,
     tokenize_images,
 )
-from vistok.tokens import Grid2D, Ordered1D, Tokens, TokenSpec
+from vistok.tokens import Grid2D, MultiScale, Ordered1D, Tokens, TokenSpec
 
 
 class Blocks(Tokenizer):
@@ -105,10 +105,14 @@ def test_prefix_lengths():
     assert prefix_lengths(spec(Ordered1D(1))) == [1]
     assert prefix_lengths(spec(Ordered1D(16)), [16, 3, 3]) == [3, 16]
     assert prefix_lengths(spec(Grid2D(4, 4))) == [16]
+    scales = spec(MultiScale(((1, 1), (2, 2), (4, 4))))
+    assert prefix_lengths(scales) == [1, 5, 21] and prefix_lengths(scales, [21, 5]) == [5, 21]
     with pytest.raises(UserError, match=r"--tokens: 17 is outside 1\.\.16"):
         prefix_lengths(spec(Ordered1D(16)), [4, 17])
     with pytest.raises(UserError, match="only an ordered layout"):
         prefix_lengths(spec(Grid2D(4, 4)), [4])
+    with pytest.raises(UserError, match=r"--tokens: 4 is no prefix of whole scales \(1, 5, 21\)"):
+        prefix_lengths(scales, [4])
 
 
 def test_reconstruction_improves_with_tokens_and_names_its_features():

@@ -8,16 +8,20 @@ Each module here has the same members, so that a generator is built without know
 class_prefix    the class, or a null class, is the position                        LlamaGen
 class_start     a learned start of the sequence, plus the class unless it is null  FlexTok (section 3.3)
 text_cross      a learned start; every block looks at the states of the text       FlexTok, text to image
+text_prefix     the states of the text stand in front, on the left of a start      TokenFlow, text to image
 ==============  =================================================================  =====================
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from vistok.errors import UserError
 from vistok.interfaces import NULL_CLASS, ClassCondition, Condition, TextCondition
 
 States = tuple[Float[Tensor, "B L D"], Bool[Tensor, "B L"]]
@@ -76,6 +80,51 @@ class TextCross(nn.Module):
     def forward(self, condition: TextCondition) -> tuple[Float[Tensor, "B 1 D"], States]:
         states = self.mlp(condition.states.to(self.start.weight.dtype))
         return self.start.weight.expand(len(condition), 1, -1), (states, condition.mask)
+
+
+Kind = Literal["class_prefix", "class_start", "text_cross"]
+
+
+def make_condition(kind: Kind, width: int, num_classes: int, text_width: int) -> ClassPrefix | ClassStart | TextCross:
+    """The module of that name; one of a class needs no ``text_width``, one of texts no ``num_classes``."""
+    if kind == "text_cross":
+        return TextCross(text_width, width)
+    return (ClassPrefix if kind == "class_prefix" else ClassStart)(num_classes, width)
+
+
+class TextPrefix(nn.Module):
+    """The states of the text, on the right of ``length`` positions, then a learned start of several positions.
+
+    Positions on the left that no text reaches are to be hidden from all others.
+    """
+
+    num_classes = 0
+
+    def __init__(self, width: int, length: int, start: int) -> None:
+        super().__init__()
+        self.text_width, self.length, self.num_positions = width, length, length + start
+        self.start = nn.Embedding(start, width)
+
+    def forward(self, condition: TextCondition) -> tuple[Float[Tensor, "B P D"], Bool[Tensor, "B P"]]:
+        """Inputs, and True where there is something.
+
+        Raises:
+            UserError: for more states than there are positions for them.
+        """
+        states, mask = condition.states, condition.mask
+        missing = self.length - mask.shape[1]
+        if missing < 0:
+            raise UserError(
+                f"this generator has room for {self.length} states of a text, got {mask.shape[1]}: "
+                f"set text_encoder.args.max_length={self.length}"
+            )
+        # A stable sort: what is hidden comes first, the text keeps its order.
+        order = mask.int().argsort(dim=1, stable=True)
+        states, mask = states.gather(1, order[..., None].expand_as(states)), mask.gather(1, order)
+        states, mask = F.pad(states, (0, 0, missing, 0)), F.pad(mask, (missing, 0))
+        start = self.start.weight.expand(len(states), -1, -1)
+        mask = F.pad(mask, (0, start.shape[1]), value=True)
+        return torch.cat([states.to(start.dtype), start], dim=1), mask
 
 
 def drop_some(condition: Condition, share: float, rng: torch.Generator) -> Condition:

@@ -138,6 +138,14 @@ class DimensionwiseHead(nn.Module):
         for size in spec.vocab_sizes:
             published_levels(size)
 
+    def arrange(self, ids: Int[Tensor, "B N S"]) -> Int[Tensor, "B N S"]:
+        """Codes in the order of the layout, which is that of the backbone."""
+        return ids
+
+    def restore(self, ids: Int[Tensor, "B n S"]) -> Int[Tensor, "B n S"]:
+        """Inverse of :meth:`arrange`."""
+        return ids
+
     def embed(self, ids: Int[Tensor, "B n S"]) -> Float[Tensor, "B n D"]:
         """Inputs of the backbone."""
         return self.embedding(self.levels[torch.arange(ids.shape[-1], device=ids.device), ids])

@@ -7,9 +7,9 @@ with ``condition: class_start`` or ``text_cross`` and ``positions: learned`` it 
     [condition, code 0, ..., code N-2] -> RMSNorm blocks -> N predictions
 
 The backbone knows nothing about codes: an adapter turns them into positions and hidden states into predictions.
-:class:`CodeAdapter` puts one code at each position; codes of several slots go through
-:class:`~vistok.generators.dimensionwise_head.DimensionwiseHead`. Nor does it know classes or texts, see
-:mod:`~vistok.generators.conditions`.
+:class:`CodeAdapter` puts one code at each position, :class:`~vistok.generators.token_shuffle.TokenShuffle` a window of
+codes; codes of several slots go through :class:`~vistok.generators.dimensionwise_head.DimensionwiseHead`. Nor does it
+know classes or texts, see :mod:`~vistok.generators.conditions`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +26,12 @@ from torch import Tensor, nn
 
 from vistok.checkpoint import KeyMap, KeyRule
 from vistok.errors import UserError
-from vistok.generators.conditions import ClassPrefix, ClassStart, States, TextCross, drop_some
+from vistok.generators.conditions import ClassPrefix, ClassStart, Kind, States, TextCross, drop_some, make_condition
 from vistok.generators.dimensionwise_head import Config as HeadConfig
 from vistok.generators.dimensionwise_head import DimensionwiseHead
-from vistok.generators.sampling import Picker, num_positions
+from vistok.generators.sampling import Picker, num_positions, scheduled
+from vistok.generators.token_shuffle import Config as ShuffleConfig
+from vistok.generators.token_shuffle import TokenShuffle
 from vistok.interfaces import Condition, Generator, LossReport, SampleOptions
 from vistok.nn.attention import Context, KVCache
 from vistok.nn.rope import Rotation, coordinates, rotation
@@ -57,12 +59,14 @@ class Config:
         zero_prefix_rotation: rotate the condition's queries and keys to zero, as LlamaGen's published weights expect;
             off, the condition is at the origin.
         head: for tokens of several slots, see :mod:`~vistok.generators.dimensionwise_head`.
+        shuffle: windows of a grid that share a position, see :mod:`~vistok.generators.token_shuffle`.
+        guidance_schedule: of the sampling unless told otherwise, see :data:`~vistok.generators.sampling.SCHEDULES`.
     """
 
     width: int = 768
     depth: int = 12
     heads: int = 12
-    condition: Literal["class_prefix", "class_start", "text_cross"] = "class_prefix"
+    condition: Kind = "class_prefix"
     positions: Literal["rope", "learned"] = "rope"
     num_classes: int = 1000
     text_width: int = 2048
@@ -72,6 +76,8 @@ class Config:
     rope_base: float = 10000.0
     zero_prefix_rotation: bool = False
     head: HeadConfig = field(default_factory=HeadConfig)
+    shuffle: ShuffleConfig = field(default_factory=ShuffleConfig)
+    guidance_schedule: str = "constant"
 
 
 class CodeAdapter(nn.Module):
@@ -93,6 +99,14 @@ class CodeAdapter(nn.Module):
         """A zero head: the first loss is exactly the log of the vocabulary."""
         nn.init.zeros_(self.head.weight)
 
+    def arrange(self, ids: Int[Tensor, "B N 1"]) -> Int[Tensor, "B N 1"]:
+        """Codes in the order of the layout -> in that of the backbone."""
+        return ids
+
+    def restore(self, ids: Int[Tensor, "B n 1"]) -> Int[Tensor, "B n 1"]:
+        """Inverse of :meth:`arrange`."""
+        return ids
+
     def embed(self, ids: Int[Tensor, "B n 1"]) -> Float[Tensor, "B n D"]:
         """Inputs of the backbone."""
         return self.embedding(ids[:, :, 0])
@@ -111,15 +125,17 @@ class CodeAdapter(nn.Module):
         return pick(self.head(hidden), uniform[:, 0, 0])[:, None, None]
 
 
-Adapter = CodeAdapter | DimensionwiseHead
+Adapter = CodeAdapter | DimensionwiseHead | TokenShuffle
 
 
-def make_adapter(spec: TokenSpec, width: int, head: HeadConfig) -> Adapter:
-    """The adapter that the slots of ``spec`` call for.
+def make_adapter(spec: TokenSpec, width: int, head: HeadConfig, shuffle: ShuffleConfig | None = None) -> Adapter:
+    """The adapter that the slots of ``spec`` call for, or the windows of ``shuffle``.
 
     Raises:
-        UserError: as :class:`~vistok.generators.dimensionwise_head.DimensionwiseHead`.
+        UserError: as the adapters.
     """
+    if shuffle is not None and shuffle.window != 1:
+        return TokenShuffle(spec, width, shuffle)
     return CodeAdapter(spec, width) if spec.num_slots == 1 else DimensionwiseHead(spec, width, head)
 
 
@@ -226,18 +242,31 @@ class GPT(Generator):
         return self.norm(x)
 
     def logits(self, ids: Int[Tensor, "B N S"], condition: Condition) -> Tensor:
-        """Row n ``(V)`` predicts code n from the condition and the codes before it; of several slots ``(S, V)``."""
-        return self.adapter.logits(self.hidden(ids[:, :-1], condition), ids)
+        """Row n ``(V)`` predicts code n from the condition and the codes before it; of several slots ``(S, V)``.
+
+        Codes are in the order of the backbone, see :meth:`CodeAdapter.arrange`.
+        """
+        return self.adapter.logits(self.hidden(self._past(ids), condition), ids)
 
     def loss(self, tokens: Tokens, condition: Condition, rng: torch.Generator) -> LossReport:
         """Mean cross-entropy, nats per code; in training mode some rows lose their condition."""
         if self.training:
             condition = drop_some(condition, self.config.condition_dropout, rng)
-        per_code = self.adapter.loss(self.hidden(tokens.ids[:, :-1], condition), tokens.ids)
+        ids = self.adapter.arrange(tokens.ids)
+        per_code = self.adapter.loss(self.hidden(self._past(ids), condition), ids)
         loss = per_code.mean()
         return LossReport(loss, {"cross_entropy": loss}, tokens=tokens)
 
+    def _past(self, ids: Int[Tensor, "B N S"]) -> Int[Tensor, "B n S"]:
+        """What predictions of ``ids`` are made from: all but the codes of the last position."""
+        return ids[:, : -self.adapter.codes_per_position]
+
     # ------------------------------------------------------------------ sampling
+
+    @property
+    def sample_defaults(self) -> dict[str, Any]:
+        """How guidance grows over the codes."""
+        return {"guidance_schedule": self.config.guidance_schedule}
 
     @torch.no_grad()
     def generate(
@@ -255,6 +284,7 @@ class GPT(Generator):
         self.check_condition(condition)
         device = self.norm.weight.device
         count = num_positions(self.spec, options.num_tokens)
+        schedule = self.sample_settings(options)["guidance_schedule"]
         per_position = self.adapter.codes_per_position
         both = condition.to(device)
         if options.cfg_scale != 1:
@@ -264,17 +294,18 @@ class GPT(Generator):
         step = self._cached_step(both, count) if options.use_cache else self._uncached_step(both)
         for start in range(0, count, per_position):
             codes = slice(start, start + per_position)
-            pick = Picker(options, options.scale_at(start))
+            scale = scheduled(schedule, options.scale_at(start), start / self.spec.num_positions)
+            pick = Picker(options, scale)
             ids[:, codes] = self.adapter.sample(step(ids[:, :start]), uniform[:, codes], pick)
             if progress is not None:
                 progress(per_position)
-        return Tokens(ids, self.spec)
+        return Tokens(self.adapter.restore(ids), self.spec)
 
     def _cached_step(self, condition: Condition, count: int) -> Callable[[Tensor], Tensor]:
         """Step function that feeds only what is new since the last call."""
         start, states = self.condition(condition)
         contexts = self._contexts(states)
-        cache = KVCache(len(self.blocks), capacity=start.shape[1] + count)
+        cache = KVCache(len(self.blocks), capacity=start.shape[1] + count // self.adapter.codes_per_position)
 
         def step(ids: Int[Tensor, "B n S"]) -> Float[Tensor, "B2 D"]:
             x = start
@@ -324,14 +355,6 @@ LLAMAGEN_KEYS = KeyMap(
 )
 
 
-def make_condition(config: Config) -> ClassPrefix | ClassStart | TextCross:
-    """The module of ``config.condition``."""
-    if config.condition == "text_cross":
-        return TextCross(config.text_width, config.width)
-    kind = ClassPrefix if config.condition == "class_prefix" else ClassStart
-    return kind(config.num_classes, config.width)
-
-
 def build(config: Config, spec: TokenSpec) -> GPT:
     """A GPT with fresh weights for ``spec``.
 
@@ -340,4 +363,6 @@ def build(config: Config, spec: TokenSpec) -> GPT:
     """
     _check_ranges(config)
     GPT.check(spec)
-    return GPT(config, spec, make_adapter(spec, config.width, config.head), make_condition(config))
+    adapter = make_adapter(spec, config.width, config.head, config.shuffle)
+    condition = make_condition(config.condition, config.width, config.num_classes, config.text_width)
+    return GPT(config, spec, adapter, condition)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,22 +13,19 @@ from torch import Tensor
 from vistok.errors import UserError
 from vistok.flow.guidance import guide
 from vistok.interfaces import SampleOptions
-from vistok.tokens import Ordered1D, TokenSpec
+from vistok.tokens import TokenSpec, refusal
 
 
 def num_positions(spec: TokenSpec, wanted: int | None) -> int:
     """Positions to generate: ``wanted``, or all.
 
     Raises:
-        UserError: for a prefix of a layout that has none, or of no legal length.
+        UserError: for a prefix that the layout does not have.
     """
-    total = spec.num_positions
     if wanted is None:
-        return total
-    if not isinstance(spec.layout, Ordered1D) and wanted != total:
-        raise UserError(f"only ordered codes have prefixes: {spec.layout} needs all {total} tokens")
-    if not 1 <= wanted <= total:
-        raise UserError(f"num_tokens must lie in 1..{total}, got {wanted}")
+        return spec.num_positions
+    if wanted not in spec.layout.prefixes:
+        raise UserError(f"num_tokens: {refusal(wanted, spec.layout, spec.layout.prefixes)}")
     return wanted
 
 
@@ -62,6 +61,27 @@ def draw(
     cumulative = probability.cumsum(dim=-1)
     target = uniform.double()[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: progress,
+    "half_linear": lambda progress: min(1.0, 2 * progress),
+    "power_cosine": lambda progress: (1 - math.cos(math.pi * progress**2.75)) / 2,
+}
+"""How guidance grows: its share when this share of the tokens is known. ``linear`` is that of VAR and MAR,
+``half_linear`` Token-Shuffle's as we read it (up to the middle), ``power_cosine`` RAR's with the power of its B."""
+
+
+def scheduled(schedule: str, scale: float, progress: float) -> float:
+    """The guidance scale when the share ``progress`` of the tokens is known: from 1 (no guidance) to ``scale``.
+
+    Raises:
+        UserError: for an unknown schedule.
+    """
+    if schedule not in SCHEDULES:
+        raise UserError(f"guidance_schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    return 1 + (scale - 1) * SCHEDULES[schedule](progress)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,14 @@ def _loaded(config: Config, state: dict[str, Tensor], source: str) -> KLVAE:
 
 def _read_kl16(path: str) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # what the generators' files hold as well
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is no checkpoint of MAR's KL-16 that can be read: {first_line(error)}") from None
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"{path} is no checkpoint of MAR's KL-16: it holds no state dict called 'model'")
+    if "encoder_pos_embed_learned" in content["model"]:
+        raise UserError(f"{path} holds a generator of MAR or TokenBridge, not their autoencoder (supply kl16.ckpt)")
     return content["model"]
 
 

@@ -1,0 +1,415 @@
+"""A whole scale at a time: a transformer over the codes of a multi-scale tokenizer.
+
+Tian et al., "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction" (VAR, arXiv
+2404.02905); the refinement and the ramp of guidance are those of Qu et al., "TokenFlow" (arXiv 2412.03069).
+
+    [condition, ..., its last position | what scale 1 says of scale 2 | what scales 1, 2 say of scale 3 | ...]
+        -> RMSNorm blocks, each position sees its own scale and all before -> every code of every scale at once
+
+The inputs of a scale are no embedded codes but what the codes of the coarser scales add up to, at its own size: the
+generator owns a frozen copy of the tokenizer's :class:`~vistok.quantizers.residual_multiscale.ScaleCodes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from vistok.checkpoint import load_strictly
+from vistok.errors import UserError
+from vistok.generators.conditions import (
+    ClassPrefix,
+    ClassStart,
+    Kind,
+    TextCross,
+    TextPrefix,
+    drop_some,
+    make_condition,
+)
+from vistok.generators.sampling import Picker, num_positions
+from vistok.interfaces import Condition, Generator, LossReport, SampleOptions, Tokenizer
+from vistok.nn.attention import Context, KVCache
+from vistok.nn.rope import rotation
+from vistok.nn.transformer import MLP, Block
+from vistok.quantizers.residual_multiscale import Mode, ScaleCodes
+from vistok.rng import SampleRng
+from vistok.tokens import MultiScale, Tokens, TokenSpec
+
+Schedule = Literal["ramp", "constant"]
+
+
+@dataclass
+class BaseConfig:
+    """What every generator of scales has; the defaults are of the size of VAR-d16.
+
+    Args:
+        width: channels.
+        depth: blocks.
+        heads: attention heads.
+        mlp_hidden: hidden channels of the SwiGLU.
+        condition_dropout: share of samples trained with the null class or the empty text, for guidance.
+        dropout: on embeddings and on the output of both sublayers.
+        mode: what the inputs of a scale are, see :data:`~vistok.quantizers.residual_multiscale.Mode`.
+        phi: convolutions of the tokenizer that refine an upsampled scale.
+        phi_ratio: share of the convolution in what it refines.
+        qk_norm: normalise queries and keys.
+        norm_after: normalise what the sublayers return, not what they read.
+        norm_eps: of all other norms.
+        rotary: rotary positions along the sequence, beside the learned ones.
+        rope_base: their wavelength base.
+        guidance_schedule: ``ramp`` raises the guidance scale from 1 at the first scale to the one asked for at the last
+            (there is nothing to raise to a scale below 1); ``constant`` does not.
+    """
+
+    width: int = 1024
+    depth: int = 16
+    heads: int = 16
+    mlp_hidden: int = 2816
+    condition_dropout: float = 0.1
+    dropout: float = 0.0
+    mode: Mode = "residual"
+    phi: int = 4
+    phi_ratio: float = 0.5
+    qk_norm: bool = True
+    norm_after: bool = False
+    norm_eps: float = 1e-5
+    rotary: bool = False
+    rope_base: float = 10000.0
+    guidance_schedule: Schedule = "ramp"
+
+
+@dataclass
+class Config(BaseConfig):
+    """Sizes and choices.
+
+    Args:
+        condition: how class or text enter, see :mod:`~vistok.generators.conditions`.
+        num_classes: classes of a class condition.
+        text_width: channels of the text encoder's states, for a text condition.
+    """
+
+    condition: Kind = "class_prefix"
+    num_classes: int = 1000
+    text_width: int = 2048
+
+
+class NextScale(Generator):
+    """See the module docstring; build it with :func:`build`.
+
+    Args:
+        config: sizes and choices.
+        spec: the tokens to model.
+        condition: what stands before the codes and what the blocks look at.
+        tail: positions behind the codes, each of which sees all before it.
+        words: what the head tells apart before the codes.
+    """
+
+    _step: Tensor
+    _cos: Tensor
+    _sin: Tensor
+
+    def __init__(
+        self,
+        config: BaseConfig,
+        spec: TokenSpec,
+        condition: ClassPrefix | ClassStart | TextCross | TextPrefix,
+        tail: int = 0,
+        words: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config, self.spec = config, spec
+        self.num_classes, self.text_width = condition.num_classes, condition.text_width
+        self.condition = condition
+        layout = cast(MultiScale, spec.layout)
+        self.lengths, self.front = layout.lengths, condition.num_positions - 1
+        width, head_dim = config.width, config.width // config.heads
+        self.codes = ScaleCodes(
+            spec.vocab_sizes[0], spec.latent_dim, layout.sizes, config.phi, config.mode, config.phi_ratio
+        )
+        nn.init.normal_(self.codes.codes)  # until those of a tokenizer are adopted
+        self.embedding = MLP(spec.latent_dim, width, out=width)
+        self.positions = nn.Embedding(spec.num_positions, width)
+        self.levels = nn.Embedding(len(self.lengths), width)
+        self.dropout = nn.Dropout(config.dropout)
+        norm = partial(nn.RMSNorm, eps=config.norm_eps)
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                config.heads,
+                config.mlp_hidden,
+                norm,
+                qk_norm=config.qk_norm and partial(nn.RMSNorm, eps=1e-6),
+                dropout=config.dropout,
+                cross=isinstance(condition, TextCross),
+                norm_after=config.norm_after,
+            )
+            for _ in range(config.depth)
+        )
+        self.norm = norm(width)
+        self.head = nn.Linear(width, words + spec.vocab_sizes[0], bias=False)
+        # When each position is there: the condition one by one, the codes scale by scale.
+        scales = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+        last = self.front + len(self.lengths)
+        step = torch.cat([torch.arange(self.front), self.front + scales, torch.arange(last, last + tail)])
+        self.register_buffer("_step", step, persistent=False)
+        cos, sin = rotation(torch.arange(len(step))[:, None], head_dim, config.rope_base)
+        self.register_buffer("_cos", cos, persistent=False)
+        self.register_buffer("_sin", sin, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal weights of std 0.02 and a zero head: the first loss is exactly the log of the vocabulary."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.head.weight)
+
+    @classmethod
+    def check(cls, spec: TokenSpec) -> None:
+        """Scales of one discrete code at each position."""
+        if not isinstance(spec.layout, MultiScale):
+            raise UserError(f"next_scale predicts scale after scale; {spec.layout} has none (use gpt or masked)")
+        if spec.num_slots != 1:
+            raise UserError(
+                f"next_scale models one discrete code at each position, this tokenizer has {spec.num_slots}"
+            )
+
+    def adopt(self, tokenizer: Tokenizer) -> None:
+        """Copy the tokenizer's code vectors.
+
+        Raises:
+            UserError: if it has none, or they are combined in another way than this generator's.
+        """
+        given = cast(ScaleCodes | None, tokenizer.scale_codes)
+        if given is None:
+            raise UserError(f"next_scale needs scale codes, and {type(tokenizer).__name__} has none (scale_codes)")
+        wanted = {"phi": len(given.phi)} | ({"phi_ratio": given.phi_ratio} if len(given.phi) else {})
+        for name, value in wanted.items():
+            if value != getattr(self.config, name):
+                raise UserError(f"the tokenizer's {name} is {value}: set generator.args.{name}={value}")
+        load_strictly(self.codes, given.state_dict(), "the tokenizer")
+
+    # ------------------------------------------------------------------ network
+
+    def prefix(
+        self, condition: Condition
+    ) -> tuple[Float[Tensor, "B P D"], Bool[Tensor, "B P"] | None, list[Context | None]]:
+        """The condition: its positions, which of them are there (None: all), and what each block looks at."""
+        start, states = self.condition(condition)
+        blocks = cast(list[Block], self.blocks)
+        if states is None or isinstance(self.condition, TextPrefix):
+            return start, states, [None] * len(blocks)
+        return start, None, [block.cross_attention.context(*states) for block in blocks]
+
+    def sequence(self, start: Float[Tensor, "B P D"], ids: Int[Tensor, "B n"]) -> Float[Tensor, "B P-1+m D"]:
+        """Inputs of the blocks: the condition and the first scale, then the scale behind each of the given ones."""
+        parts = [self._first(start)]
+        if ids.shape[1]:
+            parts.append(self._placed(self.embedding(self.codes.inputs(ids)), self.front + self.lengths[0]))
+        return torch.cat(parts, dim=1)
+
+    def _first(self, start: Float[Tensor, "B P D"]) -> Float[Tensor, "B P-1+n D"]:
+        """Inputs up to the first scale, all of whose positions begin as the last of the condition."""
+        front, last = start.tensor_split([self.front], dim=1)
+        return self._placed(torch.cat([front, last.expand(-1, self.lengths[0], -1)], dim=1), 0)
+
+    def _placed(self, x: Float[Tensor, "B n D"], past: int) -> Float[Tensor, "B n D"]:
+        """Add what tells the scale and, of codes, the position; the condition counts as the first scale."""
+        here = slice(past, past + x.shape[1])
+        levels = self.levels((self._step[here] - self.front).clamp(min=0))
+        return x + levels + F.pad(self.positions.weight, (0, 0, self.front, 0))[here]
+
+    def visible(
+        self, here: slice, there: Bool[Tensor, "B P"] | None
+    ) -> Bool[Tensor, "n N"] | Bool[Tensor, "B 1 n N"] | None:
+        """Whether the positions ``here`` may look at those up to the last of them; None: at all.
+
+        Args:
+            here: of the whole sequence.
+            there: see :meth:`prefix`; a position that is not there is seen by itself alone.
+        """
+        if there is None and here.start:
+            return None  # one scale behind others
+        step = self._step[: here.stop]
+        mask = step[here, None] >= step
+        if there is None:
+            return mask
+        there = F.pad(there, (0, len(step) - there.shape[1]), value=True)[:, None, None]
+        itself = torch.arange(len(step), device=step.device)
+        return mask & there | (itself[here, None] == itself)
+
+    def backbone(
+        self,
+        x: Float[Tensor, "B n D"],
+        there: Bool[Tensor, "B P"] | None,
+        contexts: list[Context | None],
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B n D"]:
+        """Inputs -> normalised outputs, from the start or, with a cache, of those after the past."""
+        past = 0 if cache is None else cache.length
+        here = slice(past, past + x.shape[1])
+        mask = self.visible(here, there)
+        rope = (self._cos[here], self._sin[here]) if self.config.rotary else None
+        x = self.dropout(x)
+        for index, (block, context) in enumerate(zip(self.blocks, contexts)):
+            x = block(x, mask, rope=rope, cache=None if cache is None else (cache, index), context=context)
+        return self.norm(x)
+
+    # ------------------------------------------------------------------ training
+
+    def logits(self, ids: Int[Tensor, "B N 1"], condition: Condition) -> Float[Tensor, "B N V"]:
+        """Row n predicts code n from the condition and the scales before its own (one pass)."""
+        start, there, contexts = self.prefix(condition)
+        x = self.sequence(start, ids[:, : -self.lengths[-1], 0])
+        return self.head(self.backbone(x, there, contexts)[:, self.front :])
+
+    def loss(self, tokens: Tokens, condition: Condition, rng: torch.Generator) -> LossReport:
+        """Mean cross-entropy, nats per code; in training mode some rows lose their condition."""
+        if self.training:
+            condition = drop_some(condition, self.config.condition_dropout, rng)
+        logits = self.logits(tokens.ids, condition).float()
+        loss = F.cross_entropy(logits.transpose(1, 2), tokens.ids[:, :, 0])
+        return LossReport(loss, {"cross_entropy": loss}, tokens=tokens)
+
+    # ------------------------------------------------------------------ sampling
+
+    @property
+    def sample_defaults(self) -> dict[str, Any]:
+        """The schedule of guidance, and rounds ``[[top_k, top_p], ...]`` (none: one, by the options of all samplers).
+
+        The first round samples a scale; each further one predicts it once more, from inputs that have its present
+        codes in them (TokenFlow, appendix; the first scale is sampled once). Top-k 0 and top-p 0 or 1 keep all.
+        Scales behind it see a scale as its first round did.
+        """
+        return {"guidance_schedule": self.config.guidance_schedule, "rounds": []}
+
+    @torch.no_grad()
+    def generate(
+        self,
+        condition: Condition,
+        options: SampleOptions,
+        rng: SampleRng,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tokens:
+        """Scale after scale; guidance runs both branches as one batch.
+
+        Raises:
+            UserError: for a condition or an option that is not of this model, or a number of tokens that ends inside a
+                scale.
+        """
+        self.check_condition(condition)
+        device, count = self.norm.weight.device, num_positions(self.spec, options.num_tokens)
+        schedule, rounds = self._settings(options)
+        both = condition.to(device)
+        if options.cfg_scale != 1:
+            both = both.join(both.null())
+        uniform = rng.uniform(count, len(rounds)).to(device)
+        ids = torch.zeros(len(condition), 0, dtype=torch.int64, device=device)
+        start, there, contexts = self.prefix(both)
+        run = self._runner(there, contexts, options.use_cache)
+        for scale, length in enumerate(self.lengths):
+            done = ids.shape[1]
+            if done == count:
+                break
+            guidance = self._guidance(schedule, options.scale_at(done), scale)
+            for number, filtered in enumerate(rounds if scale else rounds[:1]):
+                if scale == 0:
+                    x = self._first(start)
+                else:
+                    inputs = self.codes.refined_inputs(ids) if number else self.codes.inputs(ids)
+                    x = self.embedding(inputs[:, -length:])
+                    x = self._placed(x if len(x) == len(both) else torch.cat([x, x]), self.front + done)
+                outputs = run(x, number == 0)[:, -length:]
+                pick = Picker(filtered, guidance)
+                codes = self._draw(outputs, uniform[:, done : done + length, number], pick)
+                ids = torch.cat([ids[:, :done], codes], dim=1)
+            if progress is not None:
+                progress(length)
+        return Tokens(ids[..., None], self.spec)
+
+    def _draw(
+        self, outputs: Float[Tensor, "B2 n D"], uniform: Float[Tensor, "B n"], pick: Picker
+    ) -> Int[Tensor, "B n"]:
+        """Codes of one scale; what else the head tells apart is out of the question."""
+        logits = self.head(outputs)[..., -self.spec.vocab_sizes[0] :]
+        return pick(logits.flatten(0, 1), uniform.flatten()).view(uniform.shape)
+
+    def _runner(
+        self, there: Bool[Tensor, "B P"] | None, contexts: list[Context | None], cached: bool
+    ) -> Callable[[Tensor, bool], Tensor]:
+        """Function from the inputs of a pass to its outputs.
+
+        Its second argument says whether the pass is the first round of a scale, which later scales look at, or a
+        further one, which they do not. Without a cache every pass runs the whole sequence again: the definition that
+        the cache must match.
+        """
+        scales: list[Tensor] = []
+        cache = KVCache(len(self.blocks), len(self._step)) if cached else None
+
+        def run(x: Float[Tensor, "B n D"], is_first: bool) -> Float[Tensor, "B m D"]:
+            if is_first:
+                if cache is not None and scales:
+                    cache.advance(scales[-1].shape[1])
+                scales.append(x)
+            if cache is None:
+                return self.backbone(torch.cat([*scales[:-1], x], dim=1), there, contexts)
+            return self.backbone(x, there, contexts, cache if is_first else cache.glance())
+
+        return run
+
+    def _settings(self, options: SampleOptions) -> tuple[str, list[SampleOptions]]:
+        """Schedule of guidance, and the options of each round.
+
+        Raises:
+            UserError: for an option or a value that there is not.
+        """
+        settings = self.sample_settings(options)
+        if (schedule := settings["guidance_schedule"]) not in get_args(Schedule):
+            raise UserError(
+                f"next_scale: guidance_schedule must be one of {', '.join(get_args(Schedule))}, got {schedule}"
+            )
+        rounds = settings["rounds"]
+        if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in rounds):
+            raise UserError(f"next_scale: rounds must be pairs [[top_k, top_p], ...], got {rounds}")
+        return schedule, [replace(options, top_k=int(k), top_p=float(p or 1)) for k, p in rounds] or [options]
+
+    def _guidance(self, schedule: str, scale: float, number: int) -> float:
+        """Guidance scale of the scale with this number."""
+        if schedule == "constant" or scale <= 1:
+            return scale
+        return 1 + (scale - 1) * number / max(len(self.lengths) - 1, 1)
+
+
+def check_ranges(config: BaseConfig) -> None:
+    """Raise UserError for a number that no model can have."""
+    for name in ("width", "depth", "heads", "mlp_hidden"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.width % (2 * config.heads):
+        raise UserError(f"width {config.width} over {config.heads} heads must leave an even number of channels")
+    for name in ("dropout", "condition_dropout"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"{name} must lie in [0, 1], got {getattr(config, name)}")
+
+
+def build(config: Config, spec: TokenSpec) -> NextScale:
+    """A next-scale generator with fresh weights for ``spec``.
+
+    Raises:
+        UserError: if it cannot model ``spec`` or its sizes do not fit each other.
+    """
+    check_ranges(config)
+    if config.num_classes < 0 or config.text_width < 1:
+        raise UserError(f"num_classes {config.num_classes} or text_width {config.text_width} is too small")
+    NextScale.check(spec)
+    condition = make_condition(config.condition, config.width, config.num_classes, config.text_width)
+    return NextScale(config, spec, condition)
