@@ -121,6 +121,14 @@ def test_schedules_never_fall_and_end_at_the_scale_asked_for(schedule):
     assert scales[0] == (7.5 if schedule == "constant" else 1.0)
 
 
+def test_nothing_grows_to_a_scale_below_one():
+    assert scheduled("linear", 0.0, 0.5) == 0.0
+
+
+def test_linear_is_tokenflows_ramp():
+    assert [scheduled("linear", 8.5, number / 3) for number in range(4)] == [1.0, 3.5, 6.0, 8.5]  # 1 + 7.5 k / (K - 1)
+
+
 def test_half_linear_is_full_from_the_middle_on():
     assert scheduled("half_linear", 7.5, 0.25) == pytest.approx(4.25)
     assert scheduled("half_linear", 7.5, 0.5) == scheduled("half_linear", 7.5, 0.9) == 7.5

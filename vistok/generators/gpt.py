@@ -29,7 +29,7 @@ from vistok.errors import UserError
 from vistok.generators.conditions import ClassPrefix, ClassStart, Kind, States, TextCross, drop_some, make_condition
 from vistok.generators.dimensionwise_head import Config as HeadConfig
 from vistok.generators.dimensionwise_head import DimensionwiseHead
-from vistok.generators.sampling import Picker, num_positions, scheduled
+from vistok.generators.sampling import Picker, Schedule, num_positions, scheduled
 from vistok.generators.token_shuffle import Config as ShuffleConfig
 from vistok.generators.token_shuffle import TokenShuffle
 from vistok.interfaces import Condition, Generator, LossReport, SampleOptions
@@ -77,7 +77,7 @@ class Config:
     zero_prefix_rotation: bool = False
     head: HeadConfig = field(default_factory=HeadConfig)
     shuffle: ShuffleConfig = field(default_factory=ShuffleConfig)
-    guidance_schedule: str = "constant"
+    guidance_schedule: Schedule = "constant"
 
 
 class CodeAdapter(nn.Module):

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -28,13 +28,11 @@ from vistok.generators.conditions import ClassPrefix, drop_some
 from vistok.generators.dimensionwise_head import Config as HeadConfig
 from vistok.generators.dimensionwise_head import DimensionwiseHead
 from vistok.generators.gpt import Adapter, make_adapter
-from vistok.generators.sampling import Picker, num_positions
+from vistok.generators.sampling import Picker, Schedule, num_positions, scheduled
 from vistok.interfaces import Condition, Generator, LossReport, SampleOptions
 from vistok.nn.transformer import MLP, Block
 from vistok.rng import SampleRng
 from vistok.tokens import Grid2D, Tokens, TokenSpec
-
-Schedule = Literal["linear", "constant"]
 
 
 def _published_head() -> HeadConfig:
@@ -256,7 +254,9 @@ class Masked(Generator):
                 both_visible = visible.repeat(branches, 1)
                 features = self.features(ids.repeat(branches, 1, 1), both_visible, both)
                 features = _take(features, now.repeat(branches, 1))
-                scale = self._guidance(settings["guidance_schedule"], options.scale_at(total - hidden), left)
+                # The last pass hides nothing, but is counted as if it hid one position, as in the released sampler.
+                known = (total - max(left, 1)) / total
+                scale = scheduled(settings["guidance_schedule"], options.scale_at(total - hidden), known)
                 pick = Picker(options, scale)
                 draws = _take(uniform, now).flatten(0, 1)[:, None]
                 codes = self.adapter.sample(features.flatten(0, 1), draws, pick)
@@ -281,17 +281,7 @@ class Masked(Generator):
         settings = self.sample_settings(options)
         if settings["steps"] < 1:
             raise UserError(f"masked: steps must be at least 1, got {settings['steps']}")
-        if (schedule := settings["guidance_schedule"]) not in get_args(Schedule):
-            raise UserError(f"masked: guidance_schedule must be one of {', '.join(get_args(Schedule))}, got {schedule}")
         return settings
-
-    def _guidance(self, schedule: str, scale: float, left: int) -> float:
-        """Guidance scale of the pass after which ``left`` positions are hidden."""
-        if schedule == "constant" or scale <= 1:
-            return scale
-        total = self.spec.num_positions
-        # The last pass hides nothing, but is counted as if it hid one position, as in the released sampler.
-        return 1 + (scale - 1) * (total - max(left, 1)) / total
 
 
 def hidden_after(positions: int, steps: int) -> list[int]:

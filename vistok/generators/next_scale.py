@@ -1,7 +1,7 @@
 """A whole scale at a time: a transformer over the codes of a multi-scale tokenizer.
 
 Tian et al., "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction" (VAR, arXiv
-2404.02905); the refinement and the ramp of guidance are those of Qu et al., "TokenFlow" (arXiv 2412.03069).
+2404.02905); the refinement is that of Qu et al., "TokenFlow" (arXiv 2412.03069).
 
     [condition, ..., its last position | what scale 1 says of scale 2 | what scales 1, 2 say of scale 3 | ...]
         -> RMSNorm blocks, each position sees its own scale and all before -> every code of every scale at once
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ from vistok.generators.conditions import (
     drop_some,
     make_condition,
 )
-from vistok.generators.sampling import Picker, num_positions
+from vistok.generators.sampling import Picker, Schedule, num_positions, scheduled
 from vistok.interfaces import Condition, Generator, LossReport, SampleOptions, Tokenizer
 from vistok.nn.attention import Context, KVCache
 from vistok.nn.rope import rotation
@@ -41,8 +41,6 @@ from vistok.nn.transformer import MLP, Block
 from vistok.quantizers.residual_multiscale import Mode, ScaleCodes
 from vistok.rng import SampleRng
 from vistok.tokens import MultiScale, Tokens, TokenSpec
-
-Schedule = Literal["ramp", "constant"]
 
 
 @dataclass
@@ -64,8 +62,8 @@ class BaseConfig:
         norm_eps: of all other norms.
         rotary: rotary positions along the sequence, beside the learned ones.
         rope_base: their wavelength base.
-        guidance_schedule: ``ramp`` raises the guidance scale from 1 at the first scale to the one asked for at the last
-            (there is nothing to raise to a scale below 1); ``constant`` does not.
+        guidance_schedule: of the sampling unless told otherwise; ``linear`` raises the guidance scale from 1 at the
+            first scale to the one asked for at the last.
     """
 
     width: int = 1024
@@ -82,7 +80,7 @@ class BaseConfig:
     norm_eps: float = 1e-5
     rotary: bool = False
     rope_base: float = 10000.0
-    guidance_schedule: Schedule = "ramp"
+    guidance_schedule: Schedule = "linear"
 
 
 @dataclass
@@ -320,7 +318,7 @@ class NextScale(Generator):
             done = ids.shape[1]
             if done == count:
                 break
-            guidance = self._guidance(schedule, options.scale_at(done), scale)
+            guidance = scheduled(schedule, options.scale_at(done), scale / max(len(self.lengths) - 1, 1))
             for number, filtered in enumerate(rounds if scale else rounds[:1]):
                 if scale == 0:
                     x = self._first(start)
@@ -373,20 +371,12 @@ class NextScale(Generator):
             UserError: for an option or a value that there is not.
         """
         settings = self.sample_settings(options)
-        if (schedule := settings["guidance_schedule"]) not in get_args(Schedule):
-            raise UserError(
-                f"next_scale: guidance_schedule must be one of {', '.join(get_args(Schedule))}, got {schedule}"
-            )
         rounds = settings["rounds"]
         if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in rounds):
             raise UserError(f"next_scale: rounds must be pairs [[top_k, top_p], ...], got {rounds}")
-        return schedule, [replace(options, top_k=int(k), top_p=float(p or 1)) for k, p in rounds] or [options]
-
-    def _guidance(self, schedule: str, scale: float, number: int) -> float:
-        """Guidance scale of the scale with this number."""
-        if schedule == "constant" or scale <= 1:
-            return scale
-        return 1 + (scale - 1) * number / max(len(self.lengths) - 1, 1)
+        return settings["guidance_schedule"], [
+            replace(options, top_k=int(k), top_p=float(p or 1)) for k, p in rounds
+        ] or [options]
 
 
 def check_ranges(config: BaseConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -63,6 +64,8 @@ def draw(
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
+Schedule = Literal["constant", "linear", "half_linear", "power_cosine"]
+
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: progress,
@@ -76,12 +79,14 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 def scheduled(schedule: str, scale: float, progress: float) -> float:
     """The guidance scale when the share ``progress`` of the tokens is known: from 1 (no guidance) to ``scale``.
 
+    There is nothing to grow to a scale below 1.
+
     Raises:
         UserError: for an unknown schedule.
     """
     if schedule not in SCHEDULES:
         raise UserError(f"guidance_schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-    return 1 + (scale - 1) * SCHEDULES[schedule](progress)
+    return scale if scale <= 1 else 1 + (scale - 1) * SCHEDULES[schedule](progress)
 
 
 @dataclass(frozen=True)
