@@ -49,6 +49,12 @@ def parse() -> argparse.Namespace:
     add("--count", type=cli.positive_int, default=4096, metavar="N", help="images of each split (default: %(default)s)")
     add("--levels", type=int, default=64, metavar="B", help="levels of each channel (default: %(default)s)")
     add(
+        "--components",
+        type=cli.positive_int,
+        metavar="K",
+        help="quantize so many principal components instead of the channels (default: the channels)",
+    )
+    add(
         "--mode",
         choices=("published", *TABLES),
         default="gaussian",
@@ -75,7 +81,7 @@ def main() -> None:
     args = parse()
     if args.out.exists():
         raise UserError(f"{args.out} exists: give another --out")
-    config = Config(str(args.tokenizer), export_hash(args.tokenizer), args.levels)
+    config = Config(str(args.tokenizer), export_hash(args.tokenizer), args.levels, args.components)
     bridge = build(config).to(args.device)
     size, data_args = bridge.spec.image_size_px, parse_overrides(args.data_args)
     train, val = (load_images(args.data, split, size, data_args) for split in ("train", "val"))
@@ -113,6 +119,9 @@ def fit(bridge: TokenBridge, latents: Float[Tensor, "M N C"], args: argparse.Nam
         UserError: for latents that no table fits, or an order that they cannot have.
     """
     check_latents(latents)
+    if args.components is not None:
+        bridge.fit_components(latents)
+        latents = bridge.project(latents.to(args.device)).cpu()
     if args.mode != "published":
         bridge.quantizer.fit(latents, args.mode)
     if args.order == "published":
@@ -127,15 +136,20 @@ def fit(bridge: TokenBridge, latents: Float[Tensor, "M N C"], args: argparse.Nam
 
 def costs(bridge: TokenBridge, latents: Float[Tensor, "M N C"]) -> tuple[Table, dict[str, float]]:
     """What quantizing these latents costs: a table of the slots, and the means over them."""
+    total = latents.var(dim=(0, 1)).sum()
+    latents = bridge.cpu().project(latents)
     order, usage = bridge.order.tolist(), CodebookUsage(bridge.spec.vocab_sizes)
-    quantizer = bridge.quantizer.cpu()
+    quantizer = bridge.quantizer
     ids = quantizer.quantize(latents)
     usage.update(ids[..., order])
     entropy = usage.compute()
     mean, variance = latents.mean(dim=(0, 1)), latents.var(dim=(0, 1))
     mse = (quantizer.decode(ids) - latents).square().mean(dim=(0, 1))
     outside = ((latents < quantizer.levels[:, 0]) | (latents > quantizer.levels[:, -1])).float().mean(dim=(0, 1))
-    table = Table(title=f"{len(latents)} held-out images, {quantizer.num_levels} levels", title_justify="left")
+    title = f"{len(latents)} held-out images, {quantizer.num_levels} levels"
+    if bridge.config.components is not None:
+        title += f", {len(order)} components with {float(variance.sum() / total):.2%} of the variance"
+    table = Table(title=title, title_justify="left")
     for column in ("slot", "channel", "mean", "std", "MSE", "MSE/variance", "bits", "beyond"):
         table.add_column(column, justify="right")
     for slot, channel in enumerate(order):

@@ -204,3 +204,34 @@ def test_an_export_is_not_overwritten(fitted):
     with pytest.raises(UserError, match="exists: give another --out"):
         fitted("--mode", "uniform")
     assert json.loads((folder / "spec.json").read_text()) == before
+
+
+def test_components_are_slots_of_their_own_and_come_back_as_latents(fitted):
+    folder, printed = fitted("--components", "2")
+    assert "2 components with" in printed
+    bridge, latent = load_tokenizer(folder), make_tokenizer("klvae")
+    tokens = bridge.tokenize(images())
+    assert tokens.ids.shape == (4, bridge.spec.num_positions, 2) and bridge.spec.latent_dim == 3
+    latents = latent.encode(images())
+    torch.testing.assert_close(bridge.basis.T @ bridge.basis, torch.eye(2))
+    values = bridge.quantizer.decode(bridge.quantizer.quantize(bridge.project(latents)))
+    torch.testing.assert_close(bridge.embed(tokens), values @ bridge.basis.T + bridge.center)
+    assert bridge.decode(tokens).shape == images().shape
+
+
+def test_all_components_lose_nothing_and_come_by_variance():
+    folder = exported_tokenizer("klvae").name
+    bridge = build("tokenizers", Component("tokenbridge", {"tokenizer": folder, "components": 3}))
+    latents = torch.randn(500, 3) * torch.tensor([1.0, 5.0, 2.0]) + 3
+    bridge.fit_components(latents)
+    torch.testing.assert_close(bridge.expand(bridge.project(latents)), latents, atol=1e-4, rtol=1e-4)
+    variances = bridge.project(latents).var(dim=0)
+    assert variances.tolist() == sorted(variances.tolist(), reverse=True)
+    torch.testing.assert_close(bridge.project(latents).mean(dim=0), torch.zeros(3), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("components", [0, 4])
+def test_more_components_than_channels_are_refused(components):
+    folder = exported_tokenizer("klvae").name
+    with pytest.raises(UserError, match=r"components must lie in 1\.\.3"):
+        build("tokenizers", Component("tokenbridge", {"tokenizer": folder, "components": components}))

@@ -40,11 +40,14 @@ class Config:
         tokenizer: folder of an exported latent tokenizer.
         tokenizer_hash: of the export that the tables were fitted for; None for any.
         levels: of each channel.
+        components: quantize so many principal components of the channels in their place (ours, for wide latents: a
+            position has as many slots); None quantizes the channels, as published.
     """
 
     tokenizer: str = MISSING
     tokenizer_hash: str | None = None
     levels: int = 64
+    components: int | None = None
 
 
 class TokenBridge(Tokenizer):
@@ -60,30 +63,57 @@ class TokenBridge(Tokenizer):
     """
 
     order: Tensor
+    center: Tensor
+    basis: Tensor
 
     def __init__(self, config: Config, tokenizer: LatentTokenizer) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = Frozen(tokenizer)
         channels = tokenizer.spec.latent_dim
-        self.spec = replace(tokenizer.spec, vocab_sizes=(config.levels,) * channels)
+        slots = channels if config.components is None else config.components
+        if not 1 <= slots <= channels:
+            raise UserError(
+                f"tokenbridge: components must lie in 1..{channels}, the channels of the latents, got {slots}"
+            )
+        self.spec = replace(tokenizer.spec, vocab_sizes=(config.levels,) * slots)
         if isinstance(layout := self.spec.layout, Grid2D):
             shape, size = (channels, layout.height, layout.width), self.spec.image_size_px
             # Latents of the shape of images could not be told from them.
             self.latent_shape = None if shape == (3, size, size) else shape
-        self.quantizer = DimensionwiseQuantizer(channels, config.levels)
-        self.register_buffer("order", torch.arange(channels))
+        self.quantizer = DimensionwiseQuantizer(slots, config.levels)
+        self.register_buffer("order", torch.arange(slots))
+        if config.components is not None:
+            self.register_buffer("center", torch.zeros(channels))
+            self.register_buffer("basis", torch.eye(channels, slots))
 
     def set_order(self, order: Sequence[int] | Int[Tensor, " C"]) -> None:
-        """Let slot i hold channel ``order[i]``.
+        """Let slot i hold channel (or component) ``order[i]``.
 
         Raises:
             UserError: unless every channel occurs once.
         """
-        order = torch.as_tensor(order, device=self.order.device)
-        if sorted(order.tolist()) != list(range(self.spec.latent_dim)):
-            raise UserError(f"an order must name each of {self.spec.latent_dim} channels once, got {order.tolist()}")
+        order, count = torch.as_tensor(order, device=self.order.device), len(self.order)
+        if sorted(order.tolist()) != list(range(count)):
+            raise UserError(f"an order must name each of {count} channels once, got {order.tolist()}")
         self.order.copy_(order)
+
+    @torch.no_grad()
+    def fit_components(self, latents: Float[Tensor, "... C"]) -> None:
+        """Set the principal components, largest variance first, to those of ``latents``."""
+        x = latents.reshape(-1, latents.shape[-1]).double()
+        center = x.mean(dim=0)
+        _, _, components = torch.linalg.svd(x - center, full_matrices=False)
+        self.center.copy_(center)
+        self.basis.copy_(components[: self.basis.shape[1]].T)
+
+    def project(self, latents: Float[Tensor, "... C"]) -> Float[Tensor, "... S"]:
+        """What is quantized: the latents, or their principal components."""
+        return latents if self.config.components is None else (latents.float() - self.center) @ self.basis
+
+    def expand(self, values: Float[Tensor, "... S"]) -> Float[Tensor, "... C"]:
+        """Latents of what is quantized: the nearest ones, if components are left out."""
+        return values if self.config.components is None else values @ self.basis.T + self.center
 
     @property
     def decode_defaults(self) -> dict[str, Any]:
@@ -127,7 +157,7 @@ class TokenBridge(Tokenizer):
     def tokenize(self, images: Float[Tensor, "B 3 H W"]) -> Tokens:
         """Ids of the nearest levels, one slot for each channel."""
         latents = images.flatten(2).mT if self.is_latent(images) else self._encode(images)
-        return Tokens(self.quantizer.quantize(latents)[..., self.order], self.spec)
+        return Tokens(self.quantizer.quantize(self.project(latents))[..., self.order], self.spec)
 
     def _encode(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N C"]:
         self.check_images(images)
@@ -136,7 +166,7 @@ class TokenBridge(Tokenizer):
 
     def embed(self, tokens: Tokens) -> Float[Tensor, "B N C"]:
         """Latents at the levels, channels in their own order."""
-        return self.quantizer.decode(tokens.ids[..., self.order.argsort()])
+        return self.expand(self.quantizer.decode(tokens.ids[..., self.order.argsort()]))
 
     @torch.no_grad()
     def decode(
