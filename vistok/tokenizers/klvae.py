@@ -124,6 +124,15 @@ class KLVAE(LatentTokenizer):
         return ((z - self._shift) * self.config.scaling_factor).flatten(2).mT
 
     @torch.no_grad()
+    def encode_moments(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 2*C h w"]:
+        """Mean and standard deviation of the posterior, scaled as the latents are."""
+        self.check_images(images)
+        with Frozen.exact(images.device):
+            posterior = self.posterior(images.float())
+        scale = self.config.scaling_factor
+        return torch.cat([(posterior.mean - self._shift) * scale, posterior.std * scale], dim=1)
+
+    @torch.no_grad()
     def decode(
         self, latents: Float[Tensor, "B N C"], rng: SampleRng | None = None, **options: Any
     ) -> Float[Tensor, "B 3 H W"]:

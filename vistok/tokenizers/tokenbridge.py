@@ -28,7 +28,6 @@ from vistok.interfaces import LatentTokenizer, LossReport, Tokenizer
 from vistok.nn.frozen import Frozen
 from vistok.quantizers.dimensionwise import DimensionwiseQuantizer
 from vistok.rng import SampleRng
-from vistok.tokenizers.klvae import KLVAE
 from vistok.tokens import Grid2D, Tokens
 
 
@@ -138,16 +137,9 @@ class TokenBridge(Tokenizer):
             return images
         return self._encode(images).mT.unflatten(2, self.latent_shape[1:])
 
-    @torch.no_grad()
     def encode_moments(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 2*C h w"]:
-        """Mean and standard deviation of the posterior of a KL-VAE, in the units of :meth:`encode_latent`."""
-        vae = self.tokenizer.on(images.device)
-        if not isinstance(vae, KLVAE):
-            return super().encode_moments(images)
-        with self.tokenizer.exact(images.device):
-            posterior = vae.posterior(images.float())
-        shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
-        return torch.cat([(posterior.mean - shift) * scale, posterior.std * scale], dim=1)
+        """Those of the latent tokenizer."""
+        return self.tokenizer.on(images.device).encode_moments(images)
 
     def decode_latent(self, latent: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
         """Inverse of :meth:`encode_latent`, nothing quantized."""
