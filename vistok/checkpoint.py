@@ -311,28 +311,32 @@ def load_torch_file(path: str | Path) -> Any:
         raise UserError(f"{path} is no complete torch file of plain weights: {first_line(error)}") from None
 
 
-def published_file(path_or_hub_id: str, what: str) -> Path:
+def published_file(path_or_hub_id: str, what: str, *names: str) -> Path:
     """The file of a release, fetched from the hub unless there is such a path.
 
     Args:
-        path_or_hub_id: a file, or ``OWNER/REPOSITORY/FILE`` of the Hugging Face hub.
+        path_or_hub_id: a file, or ``OWNER/REPOSITORY/FILE`` of the Hugging Face hub; with ``names`` also a folder, or
+            ``OWNER/REPOSITORY``.
         what: whose release, for error messages.
+        names: files that the release keeps in one folder; the last is the one wanted, the others shall lie beside it.
 
     Raises:
         UserError: if there is neither.
     """
     path = Path(path_or_hub_id)
+    if names and path.is_dir():
+        path = path / names[-1]
     if path.is_file():
         return path
-    if path.is_absolute() or path_or_hub_id.count("/") != 2:
-        raise UserError(
-            f"published {what} not found: {path} (a file, or OWNER/REPOSITORY/FILE of the Hugging Face hub)"
-        )
+    parts = path_or_hub_id.split("/")
+    wanted = names if len(parts) == 2 and not path.suffix else tuple(parts[2:])
+    if path.is_absolute() or len(parts) not in (2, 3) or not wanted:
+        hub = "/".join(["OWNER/REPOSITORY", *([] if names else ["FILE"])])
+        raise UserError(f"published {what} not found: {path} (a file, or {hub} of the Hugging Face hub)")
     from huggingface_hub import hf_hub_download
 
-    repository, file = path_or_hub_id.rsplit("/", 1)
     try:
-        return Path(hf_hub_download(repository, file))
+        return [Path(hf_hub_download("/".join(parts[:2]), name)) for name in wanted][-1]
     except Exception as error:  # the client raises whatever its transport does
         raise UserError(
             f"{path_or_hub_id} is neither a file nor one of a repository that can be reached: {first_line(error)}"

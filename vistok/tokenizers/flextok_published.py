@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vistok.checkpoint import KeyMap, KeyRule, load_strictly, load_weights
+from vistok.checkpoint import KeyMap, KeyRule, load_strictly, load_weights, published_file
 from vistok.errors import UserError, first_line
 from vistok.tokenizers.flextok import Config, FlexTok, vae_downsampling
 
@@ -79,7 +79,7 @@ PUBLISHED_KEYS = KeyMap(
 
 def load_published(path_or_hub_id: str) -> FlexTok:
     """See :meth:`FlexTok.from_published`."""
-    path = find_file(path_or_hub_id)
+    path = published_file(path_or_hub_id, "FlexTok", CONFIG, WEIGHTS)
     state = {key: value.float() for key, value in load_weights(path).items()}
     if extra := [key for key in state if ".dec_repa" in key]:
         warnings.warn(f"{path}: {len(extra)} tensors of the alignment loss are not loaded ({extra[0]})", stacklevel=2)
@@ -95,31 +95,6 @@ def from_state(state: dict[str, Tensor], published: dict[str, Any], source: str)
     model = FlexTok(make_config(ours, published, vae, source), vae)
     load_strictly(model, ours, source)
     return model.eval()
-
-
-def find_file(path_or_hub_id: str) -> Path:
-    """The weights file, fetched from the hub unless there is such a path.
-
-    Raises:
-        UserError: if there is neither.
-    """
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        path = path / WEIGHTS
-    if path.is_file():
-        return path
-    if path.suffix or path.is_absolute() or path_or_hub_id.count("/") != 1:
-        raise UserError(f"published FlexTok not found: {path}")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        hf_hub_download(path_or_hub_id, CONFIG)
-        return Path(hf_hub_download(path_or_hub_id, WEIGHTS))
-    except Exception as error:  # the client raises whatever its transport does
-        raise UserError(
-            f"{path_or_hub_id} is neither a local folder with {WEIGHTS} nor a repository that can be reached: "
-            f"{first_line(error)}"
-        ) from None
 
 
 def read_config(weights: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from math import isqrt
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from vistok.checkpoint import KeyMap, KeyRule, load_strictly, load_weights
-from vistok.errors import UserError, first_line
+from vistok.checkpoint import KeyMap, KeyRule, load_strictly, load_weights, published_file
+from vistok.errors import UserError
 from vistok.tokenizers.uniflow import Config, UniFlow, make_encoder
 
 WEIGHTS = "model.safetensors"
@@ -112,7 +111,7 @@ PUBLISHED_KEYS = KeyMap("published UniFlow", _encoder_rules() + _decoder_rules()
 
 def load_published(path_or_hub_id: str, image_size: int | None = None) -> UniFlow:
     """See :meth:`UniFlow.from_published`."""
-    path = find_file(path_or_hub_id)
+    path = published_file(path_or_hub_id, "UniFlow", WEIGHTS)
     state = {key: value.float() for key, value in load_weights(path).items()}
     if unused := [key for key in state if UNUSED in key]:
         warnings.warn(
@@ -187,27 +186,3 @@ def resample(table: Float[Tensor, "h w D"], grid: tuple[int, int]) -> Float[Tens
     """Bicubic, without antialiasing, as the released encoder does it."""
     resized = F.interpolate(table.permute(2, 0, 1)[None], grid, mode="bicubic", align_corners=False)
     return resized[0].permute(1, 2, 0)
-
-
-def find_file(path_or_hub_id: str) -> Path:
-    """The weights file, fetched from the hub unless there is such a path.
-
-    Raises:
-        UserError: if there is neither.
-    """
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        path = path / WEIGHTS
-    if path.is_file():
-        return path
-    if path.suffix or path.is_absolute() or path_or_hub_id.count("/") != 1:
-        raise UserError(f"published UniFlow not found: {path}")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(path_or_hub_id, WEIGHTS))
-    except Exception as error:  # the client raises whatever its transport does
-        raise UserError(
-            f"{path_or_hub_id} is neither a local folder with {WEIGHTS} nor a repository that can be reached: "
-            f"{first_line(error)}"
-        ) from None
