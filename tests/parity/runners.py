@@ -14,7 +14,7 @@ from vistok.checkpoint import KeyMap, load_strictly
 from vistok.flow.guidance import guide, guide_projected
 from vistok.flow.path import interpolate, target_velocity
 from vistok.flow.time import logit_normal_time, mode_time
-from vistok.generators import gpt, masked, masked_published
+from vistok.generators import gpt, gpt_published, masked, masked_published
 from vistok.generators.dimensionwise_head import Config as HeadConfig
 from vistok.generators.dimensionwise_head import DimensionwiseHead
 from vistok.generators.sampling import Picker, filter_logits
@@ -287,7 +287,7 @@ def class_conditional_gpt(case):
         zero_prefix_rotation=True,
     )
     model = gpt.build(config, spec).eval()
-    load_strictly(model, gpt.LLAMAGEN_KEYS.to_ours(case.weights()), case.name)
+    load_strictly(model, gpt_published.PUBLISHED_KEYS.to_ours(case.weights()), case.name)
     ids, labels = case.inputs["ids"][:, :, None], case.inputs["labels"]
     forced = labels.clone()
     forced[-1] = NULL_CLASS

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from vistok.errors import UserError
-from vistok.generators.gpt import LLAMAGEN_KEYS, Config, build
+from vistok.generators.gpt import Config, build
+from vistok.generators.gpt_published import PUBLISHED_KEYS
 from vistok.generators.sampling import draw, filter_logits
 from vistok.interfaces import NULL_CLASS, ClassCondition, SampleOptions
 from vistok.nn.rope import rotate, rotation
@@ -70,7 +71,7 @@ def test_only_the_first_tokens_are_guided(model):
 
 def test_llamagen_key_map_is_invertible(model):
     state = model.state_dict()
-    again = LLAMAGEN_KEYS.to_ours(LLAMAGEN_KEYS.to_published(state))
+    again = PUBLISHED_KEYS.to_ours(PUBLISHED_KEYS.to_published(state))
     assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state)
 
 

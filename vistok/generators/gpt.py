@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vistok.checkpoint import KeyMap, KeyRule
 from vistok.errors import UserError
 from vistok.generators.conditions import ClassPrefix, ClassStart, Kind, States, TextCross, drop_some, make_condition
 from vistok.generators.dimensionwise_head import Config as HeadConfig
@@ -184,6 +183,21 @@ class GPT(Generator):
             self.positions = nn.Embedding(condition.num_positions + adapter.num_positions - 1, config.width)
         self.reset_parameters()
 
+    @classmethod
+    def from_published(cls, path_or_hub_id: str, image_size: int | None = None) -> GPT:
+        """A released class-conditional GPT of LlamaGen (B, L, XL, XXL, 3B), in eval mode.
+
+        Args:
+            path_or_hub_id: such as ``c2i_L_384.pt``, or where the Hugging Face hub has it: ``OWNER/REPOSITORY/FILE``.
+            image_size: side of the images, px, which the weights do not tell; by default what the file's name says.
+
+        Raises:
+            UserError: naming the file, key, shape or size that is missing or does not fit.
+        """
+        from vistok.generators.gpt_published import load_published
+
+        return load_published(path_or_hub_id, image_size)
+
     def reset_parameters(self) -> None:
         """Normal weights of std 0.02; the adapter's are its own affair."""
         for module in self.modules():
@@ -335,24 +349,7 @@ def _check_ranges(config: Config) -> None:
             raise UserError(f"gpt: {name} must lie in [0, 1], got {getattr(config, name)}")
 
 
-LLAMAGEN_KEYS = KeyMap(
-    "LlamaGen class-conditional GPT",
-    [
-        KeyRule("condition.table.weight", ("cls_embedding.embedding_table.weight",)),
-        KeyRule("adapter.embedding.weight", ("tok_embeddings.weight",)),
-        KeyRule("adapter.head.weight", ("output.weight",)),
-        KeyRule("norm.weight", ("norm.weight",)),
-        KeyRule("blocks.{i}.attention_norm.weight", ("layers.{i}.attention_norm.weight",)),
-        KeyRule("blocks.{i}.attention.qkv.weight", ("layers.{i}.attention.wqkv.weight",)),
-        KeyRule("blocks.{i}.attention.out.weight", ("layers.{i}.attention.wo.weight",)),
-        KeyRule("blocks.{i}.mlp_norm.weight", ("layers.{i}.ffn_norm.weight",)),
-        KeyRule(
-            "blocks.{i}.mlp.gate_up.weight",
-            ("layers.{i}.feed_forward.w1.weight", "layers.{i}.feed_forward.w3.weight"),
-        ),
-        KeyRule("blocks.{i}.mlp.down.weight", ("layers.{i}.feed_forward.w2.weight",)),
-    ],
-)
+from_published = GPT.from_published
 
 
 def build(config: Config, spec: TokenSpec) -> GPT:

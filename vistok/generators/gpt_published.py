@@ -1,0 +1,89 @@
+"""The released class-conditional GPTs of LlamaGen: ``c2i_{B,L}_256.pt`` and ``c2i_{B,L,XL,XXL,3B}_384.pt``.
+
+Sizes are read from the tensors. They do not tell the number of heads, which the width does, nor the grid.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from vistok.checkpoint import KeyMap, KeyRule, load_strictly, load_torch_file, published_file
+from vistok.errors import UserError
+from vistok.generators.gpt import GPT, Config, build
+from vistok.tokens import Grid2D, TokenSpec
+
+HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32}
+"""By width, of B, L, XL, XXL and 3B."""
+
+STRIDE_PX, CODE_DIM = 16, 8
+"""Of VQ-16, whose codes they model."""
+
+PUBLISHED_KEYS = KeyMap(
+    "LlamaGen class-conditional GPT",
+    [
+        KeyRule("condition.table.weight", ("cls_embedding.embedding_table.weight",)),
+        KeyRule("adapter.embedding.weight", ("tok_embeddings.weight",)),
+        KeyRule("adapter.head.weight", ("output.weight",)),
+        KeyRule("norm.weight", ("norm.weight",)),
+        KeyRule("blocks.{i}.attention_norm.weight", ("layers.{i}.attention_norm.weight",)),
+        KeyRule("blocks.{i}.attention.qkv.weight", ("layers.{i}.attention.wqkv.weight",)),
+        KeyRule("blocks.{i}.attention.out.weight", ("layers.{i}.attention.wo.weight",)),
+        KeyRule("blocks.{i}.mlp_norm.weight", ("layers.{i}.ffn_norm.weight",)),
+        KeyRule(
+            "blocks.{i}.mlp.gate_up.weight",
+            ("layers.{i}.feed_forward.w1.weight", "layers.{i}.feed_forward.w3.weight"),
+        ),
+        KeyRule("blocks.{i}.mlp.down.weight", ("layers.{i}.feed_forward.w2.weight",)),
+    ],
+)
+
+
+def load_published(path_or_hub_id: str, image_size: int | None = None) -> GPT:
+    """See :meth:`GPT.from_published`."""
+    path = published_file(path_or_hub_id, "LlamaGen GPT")
+    named = re.search(r"_(256|384)\b", path.stem)
+    if image_size is None and named is None:
+        raise UserError(f"{path}: its name does not say for which images it is: give --image-size 256 or 384")
+    size = image_size or int(named[1])  # type: ignore[index]
+    return from_state({key: value.float() for key, value in _read(path).items()}, size, str(path))
+
+
+def from_state(state: Mapping[str, Tensor], image_size: int, source: str) -> GPT:
+    """The model of a published state dict.
+
+    Raises:
+        UserError: naming the key, shape or size that is missing or does not fit.
+    """
+    if any(key.startswith("cls_embedding.cap_proj.") for key in state):
+        raise UserError(f"{source} is a text-conditional GPT: only class-conditional ones are read")
+    if image_size < STRIDE_PX or image_size % STRIDE_PX:
+        raise UserError(f"{source}: image_size must be a multiple of {STRIDE_PX}, got {image_size}")
+    ours = PUBLISHED_KEYS.to_ours(state)
+    try:
+        vocab_size, width = ours["adapter.embedding.weight"].shape
+        num_classes = len(ours["condition.table.weight"]) - 1
+    except KeyError as error:
+        raise UserError(f"{source}: {error.args[0]} is missing in our layout") from None
+    if width not in HEADS:
+        raise UserError(f"{source}: width {width} is none of the released ones ({', '.join(map(str, HEADS))})")
+    depth = len([key for key in ours if key.endswith(".attention_norm.weight")])
+    config = Config(width, depth, HEADS[width], num_classes=num_classes, zero_prefix_rotation=True)
+    side = image_size // STRIDE_PX
+    model = build(config, TokenSpec(Grid2D(side, side), (vocab_size,), CODE_DIM, image_size))
+    load_strictly(model, ours, source)
+    return model.eval()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The state dict of a released file, without the table of angles that some have."""
+    content = load_torch_file(path)
+    for name in ("model", "module", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} is no GPT of LlamaGen: it holds no state dict")
+    return {key: value for key, value in content.items() if key != "freqs_cis"}
