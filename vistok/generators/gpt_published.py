@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vistok.checkpoint import KeyMap, KeyRule, load_strictly, load_torch_file, published_file
 from vistok.errors import UserError
-from vistok.generators.gpt import GPT, Config, build
+from vistok.generators import gpt
+from vistok.generators.gpt import GPT, Config
 from vistok.tokens import Grid2D, TokenSpec
 
 HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32}
@@ -73,7 +74,7 @@ def from_state(state: Mapping[str, Tensor], image_size: int, source: str) -> GPT
     depth = len([key for key in ours if key.endswith(".attention_norm.weight")])
     config = Config(width, depth, HEADS[width], num_classes=num_classes, zero_prefix_rotation=True)
     side = image_size // STRIDE_PX
-    model = build(config, TokenSpec(Grid2D(side, side), (vocab_size,), CODE_DIM, image_size))
+    model = gpt.build(config, TokenSpec(Grid2D(side, side), (vocab_size,), CODE_DIM, image_size))
     load_strictly(model, ours, source)
     return model.eval()
 
