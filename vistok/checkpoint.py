@@ -34,6 +34,7 @@ from vistok.tokens import TokenSpec
 
 WEIGHTS, CONFIG, SPEC = "model.safetensors", "config.yaml", "spec.json"
 HERE = "./"
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -329,7 +330,7 @@ def published_file(path_or_hub_id: str, what: str, *names: str) -> Path:
     if path.is_file():
         return path
     parts = path_or_hub_id.split("/")
-    wanted = names if len(parts) == 2 and not path.suffix else tuple(parts[2:])
+    wanted = names if len(parts) == 2 and path.suffix not in WEIGHT_SUFFIXES else tuple(parts[2:])
     if path.is_absolute() or len(parts) not in (2, 3) or not wanted:
         hub = "/".join(["OWNER/REPOSITORY", *([] if names else ["FILE"])])
         raise UserError(f"published {what} not found: {path} (a file, or {hub} of the Hugging Face hub)")

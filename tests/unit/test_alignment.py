@@ -240,3 +240,22 @@ def test_a_run_exports_no_part_of_it_and_resumes_with_it(teacher_file, tmp_path)
     assert model.alignment is None and model.tokenize(images()).ids.shape == (4, 8, 1)
     with pytest.raises(UserError, match="teacher weights not found"):
         run(4)
+
+
+def test_weights_may_be_named_by_a_repository_of_the_hub(tmp_path, monkeypatch):
+    tiny = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **tiny)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    asked = []
+
+    def download(repository, name):
+        asked.append((repository, name))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    teacher = load_teacher("vit_tiny_patch16_224", "timm/vit_tiny_patch16_224.augreg_in21k", **tiny)
+    assert asked == [("timm/vit_tiny_patch16_224.augreg_in21k", "model.safetensors")]
+    assert torch.equal(teacher.model.pos_embed, model.pos_embed)
+    with pytest.raises(UserError, match=r"teacher weights not found: weights/absent\.safetensors"):
+        load_teacher("vit_tiny_patch16_224", "weights/absent.safetensors", **tiny)
+    assert len(asked) == 1

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vistok.checkpoint import load_strictly, load_weights
+from vistok.checkpoint import WEIGHT_SUFFIXES, load_strictly, load_weights, published_file
 from vistok.errors import UserError, first_line
 
 
@@ -103,12 +103,14 @@ def make_tower(name: str, penultimate: bool = False, normalize: bool = True, **a
 def load_teacher(
     name: str, weights: str | Path, outputs: int = 0, penultimate: bool = False, **args: Any
 ) -> VisionTeacher:
-    """A timm vision transformer with the weights of a file; nothing is downloaded.
+    """A timm vision transformer with the weights of a file; nothing is downloaded unless a repository is named.
 
     Args:
         name: of timm, such as ``vit_large_patch14_dinov2.lvd142m``.
         weights: ``.safetensors`` or a torch file (read without running anything in it), in timm's layout or the
-            authors' where timm converts it. Positions are resampled to the model's grid; a classifier is left out.
+            authors' where timm converts it; or a repository of the Hugging Face hub such as
+            ``timm/vit_large_patch14_dinov2.lvd142m``. Positions are resampled to the model's grid; a classifier is
+            left out.
         outputs: of the model's classifier, which then stays and is applied to every patch (CLIP: the projection to the
             space that it shares with texts); 0 leaves it out.
         penultimate: see :func:`make_tower`.
@@ -120,7 +122,7 @@ def load_teacher(
     """
     with torch.random.fork_rng(devices=[]):  # its first weights are dropped: whoever uses it must not notice
         model = _make(name, {**args, "num_classes": outputs})
-    load_strictly(model, _converted(model, _read(Path(weights), name), weights), weights)
+    load_strictly(model, _converted(model, _read(weights, name), weights), weights)
     if penultimate:
         _prune(model, penultimate)
     return VisionTeacher(model)
@@ -147,10 +149,16 @@ def _prune(model: Any, penultimate: bool) -> None:
     model.prune_intermediate_layers([-2 if penultimate else -1], prune_norm=penultimate)
 
 
-def _read(path: Path, name: str) -> dict[str, Any]:
-    """The content of a weights file."""
+def _read(source: str | Path, name: str) -> dict[str, Any]:
+    """The content of a weights file, or of that of a repository of the hub."""
+    path = Path(source)
     if not path.is_file():
-        raise UserError(f"teacher weights not found: {path} (supply those of timm's {name}, .safetensors or .pth)")
+        if path.is_absolute() or len(path.parts) != 2 or path.suffix in WEIGHT_SUFFIXES:
+            raise UserError(
+                f"teacher weights not found: {path} (supply those of timm's {name}, .safetensors or .pth, or a "
+                f"repository of the Hugging Face hub that has them, such as timm/{name})"
+            )
+        path = published_file(str(source), name, "model.safetensors")
     if path.suffix == ".safetensors":
         return load_weights(path)
     try:
