@@ -8,6 +8,7 @@ Codes of all scales form one sequence, coarse scales first, each in raster order
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Literal
@@ -41,7 +42,7 @@ def scale_sizes(sides: Sequence[int], grid: int) -> tuple[tuple[int, int], ...]:
     return tuple((side, side) for side in sides)
 
 
-class _Scales(nn.Module):
+class _Scales(nn.Module, ABC):
     """What code vectors of several scales add up to, and what a generator reads of them.
 
     Args:
@@ -66,9 +67,9 @@ class _Scales(nn.Module):
         """Height and width of each scale, coarse first."""
         return self.layout.sizes
 
+    @abstractmethod
     def embed(self, ids: Int[Tensor, "B n"]) -> Float[Tensor, "B n C"]:
         """Code vectors."""
-        raise NotImplementedError
 
     def decode(self, ids: Int[Tensor, "B n"]) -> Float[Tensor, "B C H W"]:
         """The map that the codes of the first scales add up to.
