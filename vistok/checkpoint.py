@@ -308,8 +308,8 @@ def load_torch_file(path: str | Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"weights not found: {path}") from None
-    except Exception as error:  # torch.load raises whatever its parsers do
-        raise UserError(f"{path} is no complete torch file of plain weights: {first_line(error)}") from None
+    except Exception:  # torch.load raises whatever its parsers do, in many words
+        raise UserError(f"{path} is no complete torch file of plain weights") from None
 
 
 def published_file(path_or_hub_id: str, what: str, *names: str) -> Path:

@@ -31,7 +31,7 @@ def own_gradient(notes, rank, update):
     models = torch.nn.ModuleDict(
         {"net": TinyTokenizer(Config()), "discriminator": Discriminator(AdversarialConfig(width=4, layers=1), 8)}
     )
-    models.load_state_dict(notes["before"][update], strict=False)  # all but buffers, which training does not read
+    models.load_state_dict(models.state_dict() | notes["before"][update])  # buffers, which nothing reads, stay fresh
     net, judge = models["net"], models["discriminator"]
     data = build("data", Component("digits", {"jitter": False}), "train", 8)
     for micro in range(ACCUMULATE):

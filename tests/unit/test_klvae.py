@@ -119,7 +119,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_key(kl16):
     with pytest.raises(UserError, match="no state dict called 'model'"):
         KLVAE.from_published(str(path))
     path.write_bytes(b"PK nonsense")
-    with pytest.raises(UserError, match=r"kl16\.ckpt is no checkpoint"):
+    with pytest.raises(UserError, match=r"kl16\.ckpt is no complete torch file"):
         KLVAE.from_published(str(path))
 
 
@@ -130,7 +130,7 @@ class Harmful:
 
 def test_a_checkpoint_is_data_and_never_run(tmp_path, capsys):
     torch.save({"model": {"x": Harmful()}}, tmp_path / "kl16.ckpt")
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="no complete torch file of plain weights"):
         KLVAE.from_published(str(tmp_path / "kl16.ckpt"))
     assert "run" not in capsys.readouterr().out
 

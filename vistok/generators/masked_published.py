@@ -7,14 +7,13 @@ Not in the file, but part of the model: the order in which the head predicts the
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vistok.checkpoint import KeyMap, KeyRule, load_strictly
+from vistok.checkpoint import KeyMap, KeyRule, load_strictly, load_torch_file
 from vistok.errors import UserError
 from vistok.generators import masked
 from vistok.generators.dimensionwise_head import Config as HeadConfig
@@ -142,11 +141,7 @@ def from_state(state: dict[str, Tensor], source: str) -> Masked:
 
 def _read(file: Path) -> dict[str, Tensor]:
     """The state dict of a released file, its parameters averaged."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # of MAR's training arguments
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # torch.load raises whatever its parsers do
-        raise UserError(f"{file} is no complete torch file of plain weights") from None
+    saved = load_torch_file(file)
     if not (isinstance(saved, dict) and isinstance(saved.get("model"), dict) and saved.get("model_ema")):
         raise UserError(f"{file} is no TokenBridge checkpoint: it needs the entries model and model_ema")
     state = saved["model"] | saved["model_ema"]

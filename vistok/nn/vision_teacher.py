@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vistok.checkpoint import WEIGHT_SUFFIXES, load_strictly, load_weights, published_file
+from vistok.checkpoint import WEIGHT_SUFFIXES, load_strictly, load_torch_file, load_weights, published_file
 from vistok.errors import UserError, first_line
 
 
@@ -161,10 +161,7 @@ def _read(source: str | Path, name: str) -> dict[str, Any]:
         path = published_file(str(source), name, "model.safetensors")
     if path.suffix == ".safetensors":
         return load_weights(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch.load raises whatever its parsers do
-        raise UserError(f"{path} is no complete torch file of plain weights") from None
+    state = load_torch_file(path)
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, no state dict")
     return state

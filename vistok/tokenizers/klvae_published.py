@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from vistok.checkpoint import KeyMap, KeyRule, load_strictly
+from vistok.checkpoint import KeyMap, KeyRule, load_strictly, load_torch_file
 from vistok.errors import UserError, first_line
 from vistok.tokenizers.klvae import KLVAE, Config, config_of
 
@@ -75,11 +72,7 @@ def _loaded(config: Config, state: dict[str, Tensor], source: str) -> KLVAE:
 
 
 def _read_kl16(path: str) -> dict[str, Tensor]:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # what the generators' files hold as well
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is no checkpoint of MAR's KL-16 that can be read: {first_line(error)}") from None
+    content = load_torch_file(path)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"{path} is no checkpoint of MAR's KL-16: it holds no state dict called 'model'")
     if "encoder_pos_embed_learned" in content["model"]:
