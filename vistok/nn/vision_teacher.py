@@ -121,11 +121,27 @@ def load_teacher(
             unreadable, or the keys that do not fit.
     """
     with torch.random.fork_rng(devices=[]):  # its first weights are dropped: whoever uses it must not notice
-        model = _make(name, {**args, "num_classes": outputs})
-    load_strictly(model, _converted(model, _read(weights, name), weights), weights)
+        model = load_model(name, weights, num_classes=outputs, **args)
     if penultimate:
         _prune(model, penultimate)
     return VisionTeacher(model)
+
+
+def load_model(name: str, weights: str | Path | None = None, **args: Any) -> Any:
+    """A timm vision transformer as timm makes it, classifier included.
+
+    Args:
+        name: of timm.
+        weights: see :func:`load_teacher`; None for fresh ones.
+        args: arguments of ``timm.create_model``.
+
+    Raises:
+        UserError: see :func:`load_teacher`.
+    """
+    model = _make(name, args)
+    if weights is not None:
+        load_strictly(model, _converted(model, _read(weights, name), weights), weights)
+    return model
 
 
 def _make(name: str, args: dict[str, Any]) -> Any:
