@@ -9,7 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tiny_models.exports import export_tokenizer
+from tiny_models.args import TINY_ARGS, VARIANTS
+from tiny_models.detectors import save_clip, save_detector
+from tiny_models.exports import export_generator, export_tokenizer
+from tiny_models.text import save_t5
 from vistok.checkpoint import export, export_hash
 from vistok.cli import main
 from vistok.config import Component, build
@@ -115,9 +118,8 @@ def test_reconstruction_generation_compare_and_report(runs, evaluate):
     assert generation["metrics"]["counts"] == {"samples": 20, "held_out": 297, "reference": 1500}
     assert "N=20" in out
     assert generation["protocol"]["settings"]["tokens"] == [1, 2]
-    wanted = {"cfg_scale": 1.5, "temperature": 1.0, "top_k": 8, "top_p": 1.0, "guided_tokens": None}
-    wanted["guidance_schedule"] = "constant"
-    assert generation["protocol"]["settings"]["sampling"] == wanted
+    wanted = {"cfg_scale": 1.5, "temperature": 1.0, "top_k": 8, "top_p": 1.0, "guidance_schedule": "constant"}
+    assert wanted.items() <= generation["protocol"]["settings"]["sampling"].items()
     samples = np.load(runs / "generator" / "eval" / "samples.npz")["arr_0"]
     assert (samples.shape, samples.dtype) == ((20, 16, 16, 3), np.uint8)
     Image.open(runs / "generator" / "eval" / "generation_by_tokens.png").verify()
@@ -258,3 +260,164 @@ def test_the_module_runs_and_helps():
     assert result.stdout.count("--features none") == 1
     for command in ("reconstruction", "generation", "compare", "report", "train-features", "examples:"):
         assert command in result.stdout
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory):
+    """A generator of 32 px images conditioned on text, whose images show nothing, with all that it needs."""
+    root = tmp_path_factory.mktemp("speaking")
+    tokenizer = export_tokenizer(root / "tokenizer", image_size=32, patch_size=8)
+    save_t5(root / "t5")
+    args = {**TINY_ARGS["generators"]["gpt"], **VARIANTS["gpt"]["text"]}
+    export_generator(root / "generator", tokenizer, [], **args)
+    spec = json.loads((root / "generator/spec.json").read_text())
+    spec["text_encoder"] = {"name": "t5", "args": {"path": "./../t5"}}
+    (root / "generator/spec.json").write_text(json.dumps(spec))
+    return root
+
+
+def test_geneval_of_a_generator(speaking, evaluate, tmp_path):
+    words = ("geneval", "--checkpoint", speaking / "generator", "--data", "shapes", "--most-per-task", 2)
+    words = (*words, "--count-per-prompt", 3)
+    code, out, err = evaluate(*words, "--out", tmp_path, "--tokens", "2,8", "--save-images", "--batch-size", 7)
+    assert code == 0, err
+    result = json.loads((tmp_path / "geneval.json").read_text())
+    tasks = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+    assert list(result["metrics"]["tokens"]) == ["2", "8"]
+    assert list(result["metrics"]["tokens"]["8"]) == [*tasks, "overall"]
+    assert result["metrics"]["counts"] == {"prompts": 12, "samples": 36, "held_out": 36}
+    assert result["metrics"]["tasks"]["counting"].keys() == {"prompts", "images", "images_right", "prompts_right"}
+    assert result["protocol"]["features"] == {"name": "analytic detector of shapes"}
+    assert result["protocol"]["definitions"]["rules"]["min_score"] == 0.65
+    assert result["protocol"]["settings"]["count_per_prompt"] == 3
+    assert result["fingerprint"] in out and all(task in out for task in tasks)
+    Image.open(tmp_path / "geneval.png").verify()
+    Image.open(tmp_path / "geneval_by_tokens.png").verify()
+    images = tmp_path / "geneval_images"
+    assert sorted(path.name for path in (images / "00011/samples").iterdir()) == ["0000.png", "0001.png", "0002.png"]
+
+    def lines(path):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return [(row["prompt"], row["correct"], row["reason"]) for row in rows]
+
+    # The images that were kept are judged as those that were made.
+    words = ("geneval", "--data", "shapes", "--most-per-task", 2)
+    code, out, err = evaluate(*words, "--images", images)
+    assert code == 0, err
+    assert lines(images / "geneval_results.jsonl") == lines(tmp_path / "geneval_results.jsonl")
+    again = json.loads((images / "geneval.json").read_text())
+    assert again["metrics"]["tokens"]["unknown"] == result["metrics"]["tokens"]["8"]
+    code, out, err = evaluate("geneval", "--results", tmp_path / "geneval_results.jsonl")
+    assert code == 0 and "color_attr" in out and "overall" in out, err
+
+    refused(evaluate(*words, "--checkpoint", speaking / "generator", "--out", tmp_path, "--save-images"), "exists")
+    (images / "00007/samples/0001.png").unlink()
+    code, _, err = evaluate(*words, "--images", images)
+    assert code == 0, err
+    for file in (images / "00007/samples").iterdir():
+        file.unlink()
+    refused(evaluate(*words, "--images", images), "lacks the images of 1 of 12 prompts: 00007")
+
+
+def test_an_image_does_not_depend_on_its_batch_nor_on_other_guidance(speaking, evaluate, tmp_path):
+    words = ("geneval", "--checkpoint", speaking / "generator", "--data", "shapes", "--most-per-task", 1)
+    words = (*words, "--count-per-prompt", 2, "--save-images")
+    for name, more in (("a", ("--cfg-scale", "1,3")), ("b", ("--cfg-scale", 3, "--batch-size", 5))):
+        code, out, err = evaluate(*words, *more, "--out", tmp_path / name)
+        assert code == 0, err
+        assert ("by guidance scale" in out) == (name == "a")
+
+    def pixels(folder):
+        return np.stack([np.array(Image.open(path), dtype=int) for path in sorted(folder.rglob("0*.png"))])
+
+    one, three, alone = (pixels(tmp_path / name / "geneval_images") for name in ("a/cfg_1", "a/cfg_3", "b"))
+    assert one.shape == (12, 32, 32, 3)
+    assert abs(three - alone).max() <= 1
+    assert abs(three - one).max() > 1
+    fingerprints = {
+        json.loads((tmp_path / "a" / name / "geneval.json").read_text())["fingerprint"] for name in ("cfg_1", "cfg_3")
+    }
+    assert len(fingerprints) == 2
+
+
+def test_geneval_of_photographs(speaking, evaluate, tmp_path):
+    save_detector("mask2former", tmp_path / "detector")
+    save_clip(tmp_path / "clip")
+    entries = [
+        {"tag": "single_object", "prompt": "a photo of a cat", "include": [{"class": "cat", "count": 1}]},
+        {"tag": "colors", "prompt": "a photo of a red cup", "include": [{"class": "cup", "count": 1, "color": "red"}]},
+        {
+            "tag": "counting",
+            "prompt": "a photo of two people",
+            "include": [{"class": "person", "count": 2}],
+            "exclude": [{"class": "person", "count": 3}],
+        },
+    ]
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    words = ("geneval", "--checkpoint", speaking / "generator", "--metadata", metadata, "--out", tmp_path / "out")
+    judge = ("--detector", tmp_path / "detector", "--color-model", tmp_path / "clip")
+    code, out, err = evaluate(*words, *judge, "--min-score", 0, "--min-counting-score", 0)
+    assert code == 0, err
+    assert "SELF-TEST" in out and "GenEval by the detector" in out
+    result = json.loads((tmp_path / "out/geneval.json").read_text())
+    assert result["metrics"]["counts"] == {"prompts": 3, "samples": 12}
+    assert list(result["metrics"]["tokens"]["8"]) == ["single_object", "counting", "colors", "overall"]
+    assert result["protocol"]["features"].keys() == {"name", "sha256", "color_model", "color_sha256"}
+    assert result["protocol"]["split"] == "all"
+
+    # Without a detector images are made for one that lives elsewhere, and judged later.
+    refused(evaluate(*words), "--detector", "--save-images")
+    code, out, err = evaluate(*words, "--save-images")
+    assert code == 0 and "12 samples, not judged" in out, err
+    images = tmp_path / "out/geneval_images"
+    refused(evaluate("geneval", "--images", images), "--detector")
+    code, out, err = evaluate("geneval", "--images", images, *judge, "--min-score", 0, "--min-counting-score", 0)
+    assert code == 0, err
+    scores = json.loads((images / "geneval.json").read_text())["metrics"]["tokens"]["unknown"]
+    assert scores == result["metrics"]["tokens"]["8"]
+    refused(evaluate("geneval", "--images", images, "--detector", tmp_path / "none"), "--detector", "no such folder")
+    refused(evaluate("geneval", "--images", images, *judge[:2], "--min-score", 0), "give --color-model")
+
+
+def test_geneval_refuses_what_it_cannot_score(runs, speaking, evaluate, tmp_path):
+    words = ("geneval", "--checkpoint", speaking / "generator")
+    refused(evaluate("geneval"), "--checkpoint", "--images", "--results")
+    refused(evaluate(*words), "--data shapes", "--metadata FILE")
+    refused(evaluate(*words, "--data", "digits"), "digits knows no prompts")
+    refused(evaluate(*words, "--data", "shapes", "--metadata", "m.jsonl"), "not allowed")
+    refused(evaluate(*words, "--data", "shapes", "--detector", "x"), "--detector is for photographs")
+    refused(evaluate(*words, "--data", "shapes", "--cfg-scale", "1,x"), "--cfg-scale")
+    refused(evaluate(*words, "--data", "shapes", "--text-encoder", tmp_path / "none"), "none")
+    refused(evaluate(*words, "--metadata", tmp_path / "none.jsonl", "--save-images"), "none.jsonl")
+    refused(evaluate("geneval", "--checkpoint", runs / "generator", "--data", "shapes"), "conditioned on classes")
+    refused(evaluate("geneval", "--results", tmp_path / "none.jsonl"), "none.jsonl")
+
+
+def test_generation_from_captions(speaking, evaluate, tmp_path):
+    words = ("generation", "--checkpoint", speaking / "generator", "--data", "shapes", "--no-copies")
+    data = ("--data-args", "train_count=30", "val_count=8")
+    code, _, err = evaluate(*words, *data, "--count", 10, "--cfg-scale", 2, "--out", tmp_path)
+    assert code == 0, err
+    result = json.loads((tmp_path / "generation.json").read_text())
+    assert result["protocol"]["settings"]["captions"] == "val in order"
+    assert "classes" not in result["protocol"]["settings"]
+    assert not any("accuracy" in name for name in result["metrics"]["tokens"]["8"])
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (10, 32, 32, 3)
+    Image.open(tmp_path / "generation.png").verify()
+    (tmp_path / "images").mkdir()
+    for n in range(8):
+        (tmp_path / "images/0").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 40), (20 * n, 0, 0)).save(tmp_path / f"images/0/{n}.png")
+    words = (*words[:4], tmp_path / "images", "--features", "shapes", "--data-args", "val_fraction=0.5")
+    refused(evaluate(*words), "has no caption")
+
+
+def test_a_report_tells_geneval(speaking, evaluate, tmp_path):
+    words = ("geneval", "--checkpoint", speaking / "generator", "--data", "shapes", "--most-per-task", 1)
+    code, _, err = evaluate(*words, "--count-per-prompt", 1, "--out", tmp_path / "generator/eval")
+    assert code == 0, err
+    code, _, err = evaluate("report", "--run", tmp_path)
+    assert code == 0, err
+    report = (tmp_path / "report.md").read_text()
+    assert "GenEval: overall, share of images right" in report and "generator/eval/geneval.png" in report

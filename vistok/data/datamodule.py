@@ -21,10 +21,12 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from vistok import config
 from vistok.errors import UserError
+from vistok.geneval_rules import Detection, Entry, Rules
+from vistok.interfaces import TextCondition
 from vistok.rng import seeded_generator
 
 
@@ -32,8 +34,9 @@ class Dataset(Protocol):
     """What every ``vistok.data.<name>.build`` returns.
 
     A sample has ``image`` float32 ``(3, H, W)`` in [-1, 1] (or ``ids`` int64 ``(N, S)`` for cached codes, ``latent``
-    float32 ``(C, h, w)`` for cached latents), ``label`` int (-1 if none), ``text`` str (empty if none) and ``key`` str
-    (unique and stable).
+    float32 ``(C, h, w)`` for cached latents), ``label`` int (-1 if none), ``text`` str (empty if none), ``key`` str
+    (unique and stable) and, if a cache has what a text encoder makes of the text, ``condition``, a
+    :class:`~vistok.interfaces.TextCondition` of one row.
 
     Attributes:
         num_classes: number of classes, 0 if there are none.
@@ -64,6 +67,23 @@ class CheckableDataset(Dataset, Protocol):
 
     def agreement(self, index: int, image: Float[Tensor, "3 H W"]) -> dict[str, float]:
         """Figures in [0, 1] of ``image`` in [-1, 1] as a picture of sample ``index``; 1 is best."""
+
+
+@runtime_checkable
+class PromptedDataset(Dataset, Protocol):
+    """A data set may, but need not, bring GenEval's tasks for its own world and read the objects of any image.
+
+    Attributes:
+        geneval_rules: which of its :meth:`detections` count.
+    """
+
+    geneval_rules: Rules
+
+    def geneval_prompts(self) -> dict[str, list[Entry]]:
+        """The different prompts of each task."""
+
+    def detections(self, image: Float[Tensor, "3 H W"]) -> list[Detection]:
+        """The objects of an image in [-1, 1], with their colours."""
 
 
 class PositionBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -106,8 +126,9 @@ class DataModule(L.LightningDataModule):
 
     A batch is ``{"image": float32 (B, 3, H, W), "label": int64 (B,), "text": list, "key": list, "position": int64
     (B,)}``, with ``"ids"`` int64 ``(B, N, S)`` or ``"latent"`` float32 ``(B, C, h, w)`` instead of the image for
-    cached codes or latents. The training loader never ends. The validation loader goes once through ``val`` in order,
-    without augmentation; the ranks share it without duplicates and take the same number of batches.
+    cached codes or latents, and with ``"condition"``, a ``TextCondition`` of ``B`` rows, for cached text states. The
+    training loader never ends. The validation loader goes once through ``val`` in order, without augmentation; the
+    ranks share it without duplicates and take the same number of batches.
 
     Args:
         train: training samples.
@@ -180,11 +201,24 @@ def make_loader(dataset: Dataset, batches: Any, workers: int = 0, augment_seed: 
     return _Loader(
         _Stream(dataset, augment_seed),
         batch_sampler=batches,
+        collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_obey_parent_only,
     )
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of samples, see :class:`DataModule`."""
+    rows = [sample["condition"] for sample in samples if "condition" in sample]
+    batch = default_collate([{key: value for key, value in sample.items() if key != "condition"} for sample in samples])
+    return {**batch, "condition": TextCondition.stacked(rows)} if rows else batch
+
+
+def has_captions(dataset: Dataset) -> bool:
+    """Whether any of the first samples has one."""
+    return any(dataset.get(index)["text"] for index in range(min(len(dataset), 16)))
 
 
 def load_data(text: str, split: str, image_size_px: int, args: dict[str, Any] | None = None, **stored: Any) -> Dataset:

@@ -4,9 +4,8 @@ One to three objects (6 shapes x 8 colours x 2 sizes) stand apart on a plain dar
 (seed, split, i) alone. Some pairs of shape and colour never occur in training; the validation split has them all.
 
 An image holds enough to recover its scene, so models can be scored without a learned detector: :func:`detect` reads
-the objects, :func:`agreement` says how much of a scene a reconstruction keeps, and :func:`score` checks objects against
-a requirement in the form of GenEval's metadata (Ghosh et al., 2023: six tasks, each a conjunction of ``include`` and
-``exclude`` clauses).
+the objects, :func:`agreement` says how much of a scene a reconstruction keeps, and :func:`detections` gives the objects
+to GenEval's rules, for the prompts of :func:`geneval_prompts` (Ghosh et al., 2023).
 
 Coordinates are fractions of the image side, x to the right and y down; radii are those of the bounding circle.
 """
@@ -26,6 +25,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from vistok.errors import UserError
+from vistok.geneval_rules import RELATIONS, Box, Detection, Entry, Rules, relations
 from vistok.rng import derive_seed
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
@@ -40,7 +40,6 @@ COLORS = {
     "white": (1.00, 1.00, 1.00),
 }
 RADII = {"small": 0.12, "large": 0.19}
-RELATIONS = ("left of", "right of", "above", "below")
 HELD_OUT = frozenset((shape, list(COLORS)[(3 * i + 1) % len(COLORS)]) for i, shape in enumerate(SHAPES))
 """Pairs of shape and colour that never occur in the training split."""
 
@@ -87,6 +86,11 @@ class SceneObject:
         """Bounding radius as a fraction of the image side."""
         return RADII[self.size]
 
+    @property
+    def box(self) -> Box:
+        """Around the bounding circle, in fractions of the image side."""
+        return self.x - self.radius, self.y - self.radius, self.x + self.radius, self.y + self.radius
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -110,6 +114,8 @@ class Shapes:
     """
 
     num_classes = len(SHAPES)
+    # Soft overlaps are no probabilities: one threshold, the detector's own, serves all tasks.
+    geneval_rules = Rules(min_score=_MIN_OVERLAP, min_counting_score=_MIN_OVERLAP)
 
     def __init__(self, config: Config, split: str, image_size_px: int) -> None:
         self.count = config.train_count if split == "train" else config.val_count
@@ -151,6 +157,14 @@ class Shapes:
     def agreement(self, index: int, image: Float[Tensor, "3 H W"]) -> dict[str, float]:
         """How much of image ``index`` a reconstruction shows: :func:`agreement` with its scene."""
         return agreement(self.scene(index), image)
+
+    def geneval_prompts(self) -> dict[str, list[Entry]]:
+        """Prompts about this split's pairs of shape and colour: :func:`geneval_prompts`."""
+        return geneval_prompts(self.split)
+
+    def detections(self, image: Float[Tensor, "3 H W"]) -> list[Detection]:
+        """The objects of an image in the form of GenEval's rules: :func:`detections`."""
+        return detections(image)
 
 
 def build(config: Config, split: str, image_size_px: int) -> Shapes:
@@ -238,7 +252,7 @@ def _place(rng: np.random.Generator, radii: Float[np.ndarray, " n"]) -> Float[np
 
 def _caption(rng: np.random.Generator, things: tuple[SceneObject, ...], alike: bool) -> str:
     """A true sentence about the scene; it may leave out sizes, colours or the relation."""
-    with_size, with_color, with_relation = rng.random(3) < (0.5, 0.8, 0.6)
+    with_size, with_color, with_relation = rng.random(3) < (0.4, 0.5, 0.6)
 
     def describe(thing: SceneObject) -> str:
         words = [thing.size] * bool(with_size) + [thing.color] * bool(with_color) + [thing.shape]
@@ -248,7 +262,7 @@ def _caption(rng: np.random.Generator, things: tuple[SceneObject, ...], alike: b
         return f"{_NUMBERS[len(things)]} {_plural(describe(things[0]))}"
     names = [f"{_article(describe(thing))}" for thing in things]
     if len(things) == 2 and with_relation:
-        relation = str(rng.choice(relations(*things)))
+        relation = str(rng.choice(relations(things[0].box, things[1].box)))
         return f"{names[0]} {relation} {names[1]}"
     return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
 
@@ -299,6 +313,16 @@ def detect(image: Float[Tensor, "3 H W"], min_overlap: float = _MIN_OVERLAP) -> 
         min_overlap: objects whose best picture has a lower soft intersection over union are dropped.
     """
     return _objects(_patches(image), min_overlap)
+
+
+def detections(image: Float[Tensor, "3 H W"]) -> list[Detection]:
+    """What every patch of colour in an image in [-1, 1] resembles most; the score is the overlap of :func:`detect`."""
+    side_px = image.shape[-1]
+    matches = map(_best_match, _patches(image))
+    return [
+        Detection(thing.shape, overlap, tuple(side_px * edge for edge in thing.box), thing.color)  # type: ignore[arg-type]
+        for overlap, thing in matches
+    ]
 
 
 def agreement(scene: Scene, image: Float[Tensor, "3 H W"]) -> dict[str, float]:
@@ -360,7 +384,7 @@ def _patches(image: Float[Tensor, "3 H W"]) -> list[_Patch]:
 
 
 def _objects(patches: list[_Patch], min_overlap: float) -> list[SceneObject]:
-    found = [thing for patch in patches if (thing := _best_match(patch, min_overlap)) is not None]
+    found = [thing for overlap, thing in map(_best_match, patches) if overlap >= min_overlap]
     return sorted(found, key=lambda thing: (-thing.radius, thing.x, thing.y))
 
 
@@ -375,7 +399,8 @@ def _components(color: np.ndarray, core: np.ndarray) -> tuple[np.ndarray, list[i
     return parts, colors
 
 
-def _best_match(patch: _Patch, min_overlap: float) -> SceneObject | None:
+def _best_match(patch: _Patch) -> tuple[float, SceneObject]:
+    """The object that a patch resembles most, and their soft intersection over union."""
     side_px = len(patch.cover)
     # Pictures are kept for centres at eighths of a pixel.
     eighth_x, eighth_y = round(8 * patch.x * side_px), round(8 * patch.y * side_px)
@@ -388,10 +413,8 @@ def _best_match(patch: _Patch, min_overlap: float) -> SceneObject | None:
         np.maximum(templates, window).sum(axis=(1, 2)) + outside
     )
     best = int(overlap.argmax())
-    if overlap[best] < min_overlap:
-        return None
     shape, size = _KINDS[best % len(_KINDS)]
-    return SceneObject(shape, patch.color, size, patch.x, patch.y)
+    return float(overlap[best]), SceneObject(shape, patch.color, size, patch.x, patch.y)
 
 
 @lru_cache(maxsize=256)
@@ -406,48 +429,8 @@ def _templates(side_px: int, eighth_x: int, eighth_y: int) -> Float[np.ndarray, 
 # ---- GenEval ---------------------------------------------------------------------------------------------------
 
 
-def relations(thing: SceneObject, other: SceneObject) -> list[str]:
-    """Where ``thing`` stands from ``other`` by GenEval's rule: at least one relation, at most two on a diagonal.
-
-    The offset of the centres is shortened along each axis by 0.1 of the two widths, divided by the length of the
-    full offset, and must exceed 0.5.
-    """
-    offset = np.array([thing.x - other.x, thing.y - other.y])
-    shortened = np.sign(offset) * np.maximum(abs(offset) - 0.1 * 2 * (thing.radius + other.radius), 0)
-    x, y = shortened / max(np.linalg.norm(offset), 1e-6)
-    holds = (x < -0.5, x > 0.5, y < -0.5, y > 0.5)
-    return [relation for relation, true in zip(RELATIONS, holds) if true]
-
-
-def satisfies(objects: list[SceneObject] | tuple[SceneObject, ...], requirement: dict) -> bool:
-    """Whether a scene meets a requirement.
-
-    Args:
-        objects: of a scene, or as detected.
-        requirement: ``include`` and optionally ``exclude``, lists of clauses ``{class, count, color?, position?}``;
-            ``position`` is ``[relation, index of the clause whose objects it refers to]``. An ``exclude`` clause
-            fails a scene that has ``count`` such objects.
-    """
-    groups: list[list[SceneObject]] = []
-    for clause in requirement["include"]:
-        group = _matching(objects, clause)[: clause["count"]]
-        if len(group) < clause["count"]:
-            return False
-        if "position" in clause:
-            relation, target = clause["position"]
-            if not all(relation in relations(a, b) for a, b in itertools.product(group, groups[target])):
-                return False
-        groups.append(group)
-    return all(len(_matching(objects, clause)) < clause["count"] for clause in requirement.get("exclude", []))
-
-
-def score(image: Float[Tensor, "3 H W"], requirement: dict) -> bool:
-    """Whether ``image`` in [-1, 1] shows what ``requirement`` asks for; see :func:`satisfies`."""
-    return satisfies(detect(image), requirement)
-
-
-def geneval_prompts(split: str) -> dict[str, list[tuple[str, dict]]]:
-    """Prompts of the six GenEval tasks, each with its requirement in the form of GenEval's metadata.
+def geneval_prompts(split: str) -> dict[str, list[Entry]]:
+    """The different prompts of each of GenEval's six tasks, as entries of its metadata.
 
     The two tasks about colours ask for pairs of shape and colour of the training split, or (``val``) for the
     held-out ones; the other tasks name no colour and are the same for both splits.
@@ -455,43 +438,36 @@ def geneval_prompts(split: str) -> dict[str, list[tuple[str, dict]]]:
     pairs = [pair for pair in itertools.product(SHAPES, COLORS) if (pair in HELD_OUT) == (split == "val")]
     two_shapes = list(itertools.permutations(SHAPES, 2))
     two_pairs = [(a, b) for a, b in itertools.permutations(pairs, 2) if a[0] != b[0] and a[1] != b[1]]
-    # About GenEval's hundred prompts, spread evenly over all pairs of pairs.
-    two_pairs = two_pairs[:: max(1, len(two_pairs) // 100)]
-    tasks: dict[str, list[tuple[str, list[dict], list[dict]]]] = {
-        "single_object": [(_name(a), [_clause(a)], []) for a in SHAPES],
-        "two_object": [(f"{_name(a)} and {_name(b)}", [_clause(a), _clause(b)], []) for a, b in two_shapes],
+    return {
+        "single_object": [_entry("single_object", _name(a), _clause(a)) for a in SHAPES],
+        "two_object": [
+            _entry("two_object", f"{_name(a)} and {_name(b)}", _clause(a), _clause(b)) for a, b in two_shapes
+        ],
         "counting": [
-            (f"{word} {_plural(a)}", [_clause(a, count)], [_clause(a, count + 1)])
+            _entry("counting", f"{word} {_plural(a)}", _clause(a, count)) | {"exclude": [_clause(a, count + 1)]}
             for a, (count, word) in itertools.product(SHAPES, _NUMBERS.items())
         ],
-        "colors": [(_name(*a), [_clause(a[0], color=a[1])], []) for a in pairs],
+        "colors": [_entry("colors", _name(*a), _clause(a[0], color=a[1])) for a in pairs],
         "position": [
-            (f"{_name(a)} {relation} {_name(b)}", [_clause(b), _clause(a, position=[relation, 0])], [])
-            for (a, b), relation in itertools.product(two_shapes, RELATIONS)
+            _entry("position", f"{_name(a)} {relation} {_name(b)}", _clause(b), _clause(a, position=[relation, 0]))
+            for relation, (a, b) in itertools.product(RELATIONS, two_shapes)
         ],
         "color_attr": [
-            (f"{_name(*a)} and {_name(*b)}", [_clause(shape, color=color) for shape, color in (a, b)], [])
+            _entry(
+                "color_attr", f"{_name(*a)} and {_name(*b)}", *(_clause(shape, color=color) for shape, color in (a, b))
+            )
             for a, b in two_pairs
         ],
     }
-    return {
-        tag: [
-            (prompt, {"tag": tag, "include": include, **({"exclude": exclude} if exclude else {}), "prompt": prompt})
-            for prompt, include, exclude in prompts
-        ]
-        for tag, prompts in tasks.items()
-    }
 
 
-def _matching(objects: list[SceneObject] | tuple[SceneObject, ...], clause: dict) -> list[SceneObject]:
-    return [
-        thing for thing in objects if thing.shape == clause["class"] and clause.get("color", thing.color) == thing.color
-    ]
+def _entry(tag: str, prompt: str, *include: Entry) -> Entry:
+    return {"tag": tag, "include": list(include), "prompt": prompt}
 
 
 def _name(shape: str, color: str = "") -> str:
     return _article(f"{color} {shape}".strip())
 
 
-def _clause(shape: str, count: int = 1, **more: object) -> dict:
+def _clause(shape: str, count: int = 1, **more: object) -> Entry:
     return {"class": shape, "count": count, **more}

@@ -2,7 +2,8 @@
 
 gFID, precision and recall compare with real images of the reference split (the field's convention is the training
 set). The same numbers for real held-out images stand below them: what a perfect generator could reach here. An ordered
-code gives one row for each number of tokens that samples are decoded from.
+code gives one row for each number of tokens that samples are decoded from. Samples are of all classes in turn, or of
+the captions of held-out images; whether they show what a text asks for is measured by :mod:`vistok.eval.geneval`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,19 @@ def balanced_classes(count: int, num_classes: int) -> Int[Tensor, " N"]:
     Interleaved, because evaluators that cut a set into consecutive parts expect every class in every part.
     """
     return torch.arange(count) % num_classes if num_classes else torch.full((count,), NULL_CLASS)
+
+
+def captions(dataset: Dataset, count: int) -> list[str]:
+    """The captions of ``dataset`` in order, once more from the start where ``count`` is larger.
+
+    Raises:
+        UserError: if an image has none.
+    """
+    samples = [dataset.get(index) for index in range(min(count, len(dataset)))]
+    for sample in samples:
+        if not sample["text"]:
+            raise UserError(f"{sample['key']} has no caption, and the generator is conditioned on text")
+    return [samples[index % len(samples)]["text"] for index in range(count)]
 
 
 def measure_generation(

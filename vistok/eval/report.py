@@ -110,6 +110,12 @@ def _summary(results: list[Result], stages: list[tuple[str, float]]) -> list[str
             rows.append(
                 [f"probe{of}: held-out images of which a linear classifier finds the class", f"{row['top1']:.2%}", ""]
             )
+        elif protocol.task == "geneval":
+            chance = metrics.get("held_out", {})
+            rows += [
+                [f"GenEval{of}: {task}, share of images right", number(value), number(chance[task]) if chance else ""]
+                for task, value in list(metrics["tokens"].values())[-1].items()
+            ]
         else:
             counts = metrics["counts"]
             rows.append([f"samples{of}: images measured", str(counts["samples"]), str(counts["held_out"])])
