@@ -1,11 +1,15 @@
 import json
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from vistok.config import Component, build
 from vistok.data import code_cache
 from vistok.data.datamodule import DataModule, load_data
+from vistok.data.text_states import check_text_encoder
 from vistok.errors import UserError
 from vistok.tokens import Grid2D, Tokens, TokenSpec
 
@@ -125,3 +129,106 @@ def test_bad_requests_are_refused(tmp_path):
     continuous.spec = TokenSpec(Grid2D(2, 2), (), 4, 16)
     with pytest.raises(UserError, match="no codes to cache"):
         code_cache.extract(continuous, "abc", digits(), tmp_path / "b")
+
+
+# ---------------------------------------------------------------------- text states
+
+
+def captioned():
+    return {split: load_data("shapes", split, 24, {"train_count": 60, "val_count": 12}) for split in ("train", "val")}
+
+
+def reader(**args):
+    return build("text_encoders", Component("bytes", {"width": 32, **args}))
+
+
+def extract_text(out, encoder=None, data=None, **options):
+    tokenizer = MeanTokenizer()
+    tokenizer.spec = TokenSpec(Grid2D(2, 2), (4096, 5), 1, 24)
+    code_cache.extract(tokenizer, "abc123", data or captioned(), out, text_encoder=encoder or reader(), **options)
+    return {split: load_data(str(out), split, 24) for split in ("train", "val")}
+
+
+@pytest.fixture(scope="module", params=[16, 32])
+def bits(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory, bits):
+    out = tmp_path_factory.mktemp("texts") / "shapes"
+    extract_text(out, batch_size=7, passes=2, text_bits=bits)
+    return out
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_has_what_the_encoder_makes_of_its_captions(texts, bits, workers):
+    for split in ("train", "val"):
+        module = DataModule(load_data(str(texts), split, 24), load_data(str(texts), split, 24), 5, workers)
+        for loader in (module.train_dataloader(), module.val_dataloader()):
+            batch = next(iter(loader))
+            expected, got = reader().encode(batch["text"]), batch["condition"]
+            assert got.states.dtype == torch.float32 and got.states.shape == expected.states.shape
+            assert torch.equal(got.mask, expected.mask) and torch.equal(got.null_mask, expected.null_mask)
+            rtol = 2**-11 if bits == 16 else 0
+            for name in ("states", "null_states"):
+                torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=rtol, atol=0)
+
+
+def test_a_caption_is_stored_once_and_stays_on_the_disk(texts, bits):
+    data = {split: load_data(str(texts), split, 24) for split in ("train", "val")}
+    different = {"", *data["train"].texts, *data["val"].texts}
+    assert len(different) < 73, "some captions of the world are alike"
+    table = np.load(texts / "text_states.npy", mmap_mode="r")
+    assert table.shape == (int(reader().encode(list(different)).mask.sum()), 32) and table.itemsize == bits // 8
+    assert isinstance(data["train"].text.table.array, np.memmap)
+    again = pickle.loads(pickle.dumps(data["train"]))
+    assert "array" not in again.text.table.__dict__, "loader processes are sent the path, not the table"
+    assert torch.equal(again.get(7)["condition"].states, data["train"].get(7)["condition"].states)
+
+
+def uncaptioned(which):
+    data = captioned()
+    for dataset in data.values():
+        get = dataset.get
+        dataset.get = lambda i, rng=None, get=get: get(i, rng) | ({"text": ""} if which(i) else {})
+    return data
+
+
+def test_images_without_a_caption_have_the_empty_text(tmp_path):
+    data = uncaptioned(lambda index: index % 2)
+    train = extract_text(tmp_path / "some", data=data, text_bits=32)["train"]
+    condition = train.get(3)["condition"]
+    assert torch.equal(condition.states, condition.null_states) and not torch.equal(
+        train.get(2)["condition"].states, condition.null_states
+    )
+
+
+def test_states_of_another_text_encoder_are_refused(texts):
+    data = load_data(str(texts), "train", 24)
+    check_text_encoder(data.text, reader())
+    with pytest.raises(UserError, match=r"made by text encoder .*data.args.text_states=false"):
+        check_text_encoder(data.text, reader(max_length=9))
+    without = load_data(str(texts), "train", 24, {"text_states": False})
+    assert without.text is None and "condition" not in without.get(0)
+
+
+def test_a_table_that_is_not_whole_is_refused(texts, tmp_path):
+    for name in ("cache.json", "codes.safetensors"):
+        (tmp_path / name).write_bytes((texts / name).read_bytes())
+    with pytest.raises(UserError, match=r"text_states.npy is no complete table of text states"):
+        load_data(str(tmp_path), "train", 24)
+    np.save(tmp_path / "text_states.npy", np.load(texts / "text_states.npy")[:-1])
+    with pytest.raises(UserError, match=r"text_states.npy holds \d+ states, expected \d+"):
+        load_data(str(tmp_path), "train", 24)
+
+
+def test_states_that_cannot_be_kept_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no captions for the text encoder"):
+        extract_text(tmp_path / "none", data=uncaptioned(lambda index: True))
+    large = reader()
+    monkeypatch.setattr(large, "_vector", lambda word: torch.full((32,), 1e5))
+    with pytest.raises(UserError, match="too large for half precision"):
+        extract_text(tmp_path / "half", large)
+    assert list(tmp_path.iterdir()) == []
+    assert extract_text(tmp_path / "full", large, text_bits=32)["val"].get(0)["condition"].states[0, 0, 0] == 1e5

@@ -8,17 +8,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from omegaconf import MISSING
 from tqdm import tqdm
 
 from vistok.checkpoint import export_hash, load_tokenizer
 from vistok.cli import ArgumentParser, add_data_flags, flag_for, main, positive_int, usable_device
-from vistok.config import Component, component_module, parse_overrides, read_yaml, typed
+from vistok.config import Component, build, component_module, parse_overrides, read_yaml, typed
 from vistok.data import code_cache, folders, latent_cache, shapes, shards
 from vistok.data.datamodule import load_images
 from vistok.data.images import Record
 from vistok.data.output import new_folder
+from vistok.data.text_states import DTYPES
 from vistok.errors import UserError
-from vistok.interfaces import Tokenizer
+from vistok.interfaces import TextEncoder, Tokenizer
 from vistok.pictures import to_pil, to_uint8
 from vistok.rng import seeded_generator
 
@@ -52,7 +54,13 @@ def write_shards(arguments: argparse.Namespace) -> None:
 def extract_tokens(arguments: argparse.Namespace) -> None:
     """The tokens of both splits of a data set as a code cache."""
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.device)
-    extract = partial(code_cache.extract, tokenizer, export_hash(arguments.tokenizer))
+    extract = partial(
+        code_cache.extract,
+        tokenizer,
+        export_hash(arguments.tokenizer),
+        text_encoder=_text_encoder(arguments.text_encoder, arguments.device),
+        text_bits=arguments.text_bits,
+    )
     _write_cache(extract, tokenizer.spec.image_size_px, "tokens", arguments)
 
 
@@ -97,7 +105,8 @@ def _write_cache(extract: Callable[..., None], image_size_px: int, what: str, ar
             device=arguments.device,
             progress=bar.update,
         )
-    print(f"wrote the {what} of {total} images to {arguments.out}")
+    read = ", and the states of their captions," if getattr(arguments, "text_encoder", None) else ""
+    print(f"wrote the {what} of {total} images{read} to {arguments.out}")
 
 
 def _tokenizer_of_run(path: str, overrides: list[str]) -> Tokenizer:
@@ -113,6 +122,15 @@ def _tokenizer_of_run(path: str, overrides: list[str]) -> Tokenizer:
     module = component_module("tokenizers", component.name)
     where = f"{path}: tokenizers.{component.name}"
     return module.build(typed(module.Config, component.args, where, parse_overrides(overrides)))
+
+
+def _text_encoder(words: list[str] | None, device: str) -> TextEncoder | None:
+    """The text encoder that ``name=NAME`` and its arguments describe."""
+    if words is None:
+        return None
+    args = parse_overrides(words)
+    component = typed(Component, {"name": args.pop("name", MISSING), "args": args}, "--text-encoder")
+    return build("text_encoders", component, where="--text-encoder").to(device)
 
 
 def _shuffled(dataset: folders.Folders) -> Iterator[Record]:
@@ -148,6 +166,11 @@ def _parser() -> argparse.ArgumentParser:
 
     part = command("tokens", extract_tokens, "--tokenizer runs/flextok --data digits --out codes/ --passes 4")
     part.add_argument("--tokenizer", required=True, metavar="DIR", help="exported tokenizer or its run folder")
+    part.add_argument("--text-encoder", nargs="+", metavar="key=value",
+                      help="store what it makes of captions too: name=t5 path=DIR and more, as text_encoder.args of "
+                      "train.py")  # fmt: skip
+    part.add_argument("--text-bits", type=int, choices=sorted(DTYPES), default=16,
+                      help="of a number in the states of captions (%(default)s)")  # fmt: skip
     _add_cache_flags(part, batch_size=256)
 
     part = command("latents", extract_latents, "--config configs/imagenet/flextok_d12_d12.yaml "

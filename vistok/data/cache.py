@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -46,7 +48,7 @@ class Cache(ABC):
         self.num_classes = len(self.class_names)
 
     @abstractmethod
-    def stored(self, number: int, index: int) -> dict[str, Tensor]:
+    def stored(self, number: int, index: int) -> dict[str, Any]:
         """What pass ``number`` holds instead of image ``index``, under its name in a sample."""
 
     def __len__(self) -> int:
@@ -63,16 +65,46 @@ class Cache(ABC):
         }
 
 
+class Table:
+    """The array in a ``.npy`` file; it stays on the disk.
+
+    Args:
+        path: the file.
+        what: it holds, for the message.
+
+    Raises:
+        UserError: if the file is missing, truncated or something else.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        self.path = path
+        try:
+            self.array  # noqa: B018 (mapped here to see whether it can be)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path} is no complete table of {what}: {error}") from None
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        """What reads the rows that it is asked for."""
+        return np.load(self.path, mmap_mode="r")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A mapped file pickles as all that is in it: loader processes map it anew.
+        return {"path": self.path}
+
+
 def read_header(path: Path, keys: tuple[str, ...], what: str, command: str) -> dict[str, Any]:
-    """The JSON file of a cache: ``keys``, ``class_names`` and ``splits``.
+    """The JSON file of a cache; it has at least ``keys``, ``class_names`` and ``splits``.
 
     Raises:
         UserError: if it is no such file, naming the ``command`` of ``vistok.data`` that makes one.
     """
     try:
         header = json.loads(path.read_text())
-        return {key: header[key] for key in (*keys, "class_names", "splits")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if absent := [key for key in (*keys, "class_names", "splits") if key not in header]:
+            raise ValueError(f"it lacks {', '.join(absent)}")
+        return header
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{path.parent} is no {what} ({path.name}: {error}); make one with python -m vistok.data {command}"
         ) from None

@@ -1,10 +1,12 @@
 """``code_cache``: the tokens of a data set, computed once, so that generators train without the tokenizer.
 
-A folder of two files:
+A folder of two files, or three:
 
     codes.safetensors   for each split ``{split}.ids`` int32 (P, M, N, S): pass, image, position, slot;
                         and ``{split}.labels`` int64 (M,)
     cache.json          token spec, hash of the tokenizer, and for each split what the data are, keys and captions
+    text_states.npy     if asked for: what a text encoder makes of captions, see :mod:`vistok.data.text_states`; then
+                        the first file has ``text.offsets`` and ``{split}.captions``, the second the encoder's hash
 
 Pass 0 holds the images as they are, each further pass of the training split augments them anew.
 """
@@ -22,10 +24,11 @@ from torch import Tensor
 
 from vistok.checkpoint import load_weights, save_tensors
 from vistok.data.cache import Cache, go_through, passes_of, read_header, write_header
-from vistok.data.datamodule import Dataset
+from vistok.data.datamodule import Dataset, has_captions
 from vistok.data.output import new_folder
+from vistok.data.text_states import TextStates, write_text_states
 from vistok.errors import UserError
-from vistok.interfaces import Tokenizer
+from vistok.interfaces import TextEncoder, Tokenizer
 from vistok.tokens import TokenSpec
 
 CODES, CACHE = "codes.safetensors", "cache.json"
@@ -33,9 +36,15 @@ CODES, CACHE = "codes.safetensors", "cache.json"
 
 @dataclass
 class Config:
-    """``path``: the folder of the cache."""
+    """Which cache, and what of it.
+
+    Args:
+        path: its folder.
+        text_states: take the states of captions that it holds; without, a text encoder reads the captions anew.
+    """
 
     path: str = MISSING
+    text_states: bool = True
 
 
 class CodeCache(Cache):
@@ -44,6 +53,7 @@ class CodeCache(Cache):
     Attributes:
         spec: what the codes mean.
         tokenizer_hash: of the tokenizer that made them; compare with :func:`check_tokenizer`.
+        text: the states of the captions, with which a sample has a ``condition``; None if there are none.
 
     Raises:
         UserError: if the folder is no whole cache, or lacks the split, or is for another image size.
@@ -60,6 +70,9 @@ class CodeCache(Cache):
         self.ids, self.labels = tensors[f"{split}.ids"], tensors[f"{split}.labels"]
         self.passes = len(self.ids)
         self.tokenizer_hash: str = cache["tokenizer_hash"]
+        self.text: TextStates | None = None
+        if config.text_states and "text_hash" in cache:
+            self.text = TextStates(folder, tensors["text.offsets"], tensors[f"{split}.captions"], cache["text_hash"])
         self.description = {
             "name": "code_cache",
             "split": split,
@@ -68,8 +81,9 @@ class CodeCache(Cache):
             "data": self.part["data"],
         }
 
-    def stored(self, number: int, index: int) -> dict[str, Tensor]:
-        return {"ids": self.ids[number, index].long()}
+    def stored(self, number: int, index: int) -> dict[str, Any]:
+        sample: dict[str, Any] = {"ids": self.ids[number, index].long()}
+        return sample if self.text is None else {**sample, "condition": self.text.condition(index)}
 
 
 def build(config: Config, split: str, image_size_px: int) -> CodeCache:
@@ -101,6 +115,8 @@ def extract(
     workers: int = 0,
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] = lambda count: None,
+    text_encoder: TextEncoder | None = None,
+    text_bits: int = 16,
 ) -> None:
     """Write the code cache of a data set.
 
@@ -115,12 +131,17 @@ def extract(
         workers: loader processes.
         device: where to tokenize.
         progress: called with the number of images done since the last call.
+        text_encoder: on ``device``; reads the captions, each different one once. None leaves them as they are.
+        text_bits: of a number in the states of captions, 16 or 32.
 
     Raises:
-        UserError: if ``out`` exists, a number is out of range, or the tokenizer has no codes.
+        UserError: if ``out`` exists, a number is out of range, the tokenizer has no codes, or the data no captions to
+            read.
     """
     if not tokenizer.spec.num_slots:
         raise UserError("this tokenizer is continuous: it has no codes to cache")
+    if text_encoder is not None and not any(map(has_captions, datasets.values())):
+        raise UserError("these data have no captions for the text encoder to read")
 
     def tokenize(images: Tensor) -> Tensor:
         return tokenizer.tokenize(images.to(device)).ids.to("cpu", torch.int32)
@@ -135,5 +156,11 @@ def extract(
                 dataset, count, tokenize, ids.append, batch_size, seed, workers, progress
             )
             tensors[f"{split}.ids"] = torch.cat(ids).unflatten(0, (count, len(dataset)))
+        values = {"spec": tokenizer.spec.to_dict(), "tokenizer_hash": tokenizer_hash}
+        if text_encoder is not None:
+            texts = {split: part["texts"] or [""] * len(part["keys"]) for split, part in splits.items()}
+            tensors["text.offsets"], captions = write_text_states(folder, text_encoder, texts, text_bits, batch_size)
+            tensors |= {f"{split}.captions": rows for split, rows in captions.items()}
+            values["text_hash"] = text_encoder.states_hash
         save_tensors(folder / CODES, tensors)
-        write_header(folder / CACHE, datasets, splits, spec=tokenizer.spec.to_dict(), tokenizer_hash=tokenizer_hash)
+        write_header(folder / CACHE, datasets, splits, **values)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from jaxtyping import Float
 from omegaconf import MISSING
 from torch import Tensor
 
-from vistok.data.cache import Cache, go_through, passes_of, read_header, write_header
+from vistok.data.cache import Cache, Table, go_through, passes_of, read_header, write_header
 from vistok.data.datamodule import Dataset
 from vistok.data.output import new_folder
 from vistok.errors import UserError
@@ -62,12 +62,9 @@ class LatentCache(Cache):
         super().__init__(header, split, folder)
         if header["image_size_px"] != image_size_px:
             raise UserError(f"{folder} holds latents of {header['image_size_px']} px images, not of {image_size_px} px")
-        self.file = folder / f"{split}.npy"
+        self.table = Table(folder / f"{split}.npy", "latents")
         self.labels = torch.tensor(self.part["labels"])
-        try:
-            self.passes, self.has_moments = len(self.latents), self.latents.ndim == 6
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{self.file} is no complete table of latents: {error}") from None
+        self.passes, self.has_moments = len(self.latents), self.latents.ndim == 6
         self.latent_hash: str = header["latent_hash"]
         self.description = {
             "name": "latent_cache",
@@ -78,14 +75,10 @@ class LatentCache(Cache):
             "data": self.part["data"],
         }
 
-    @cached_property
+    @property
     def latents(self) -> np.ndarray:
         """The table, on the disk."""
-        return np.load(self.file, mmap_mode="r")
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A mapped file pickles as all that is in it: loader processes map it anew.
-        return {key: value for key, value in self.__dict__.items() if key != "latents"}
+        return self.table.array
 
     def stored(self, number: int, index: int) -> dict[str, Tensor]:
         return {"latent": torch.from_numpy(self.latents[number, index].astype(np.float32))}

@@ -7,70 +7,29 @@ it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from omegaconf import MISSING
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vistok.checkpoint import weight_files
-from vistok.errors import UserError, first_line
-from vistok.interfaces import TextCondition, TextEncoder
+from vistok.errors import UserError
+from vistok.text_encoders.pretrained import PretrainedConfig, PretrainedTextEncoder, read
 
 TABLES = ("model.embed_tokens.weight", "shared.weight")
 """Names of the table in the files of Llama and of T5."""
 
 
-@dataclass
-class Config:
-    """Whose words, and how many.
-
-    Args:
-        path: folder of the language model: its tokenizer and safetensors.
-        max_length: tokens; what a longer text has more is cut off.
-    """
-
-    path: str = MISSING
-    max_length: int = 128
+class Config(PretrainedConfig):
+    """``path`` is the folder of the language model: its tokenizer and safetensors."""
 
 
-class Words(TextEncoder):
-    """See the module docstring; build it with :func:`build`.
+class Words(PretrainedTextEncoder):
+    """See the module docstring; build it with :func:`build`."""
 
-    Args:
-        table: a vector for each word.
-        tokenizer: of ``transformers``.
-        max_length: see :class:`Config`.
-
-    Raises:
-        UserError: if the tokenizer makes nothing of the empty text.
-    """
-
-    def __init__(self, table: Tensor, tokenizer: Any, max_length: int) -> None:
-        super().__init__()
-        self.table = nn.Embedding.from_pretrained(table.float())
-        self.tokenizer, self.max_length, self.width = tokenizer, max_length, table.shape[1]
-        if not self._ids([""])[0]:
-            raise UserError("words: its tokenizer makes nothing of the empty text: it must begin or end every text")
-
-    def encode(self, texts: list[str]) -> TextCondition:
-        """Vectors of the words, padded on the right to the longest text."""
-        null = self._states([""])
-        return TextCondition(*self._states(texts), *null)
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids
-
-    @torch.no_grad()
-    def _states(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        device = self.table.weight.device
-        ids = nn.utils.rnn.pad_sequence(
-            [torch.tensor(row) for row in self._ids(texts)], batch_first=True, padding_value=-1
-        ).to(device)
-        return self.table(ids.clamp(min=0)), ids >= 0
+    def states(self, ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B L C"]:
+        return self.model(ids)
 
 
 def build(config: Config) -> Words:
@@ -79,17 +38,8 @@ def build(config: Config) -> Words:
     Raises:
         UserError: if a file or the table is missing, or ``max_length`` leaves no room for a word.
     """
-    if config.max_length < 2:
-        raise UserError(f"words: max_length must be at least 2, got {config.max_length}")
-    from transformers import AutoTokenizer  # slow to import
-
-    folder = Path(config.path)
-    table = _table(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises whatever its parsers do
-        raise UserError(f"words: the tokenizer in {folder} cannot be read: {first_line(error)}") from None
-    return Words(table, tokenizer, config.max_length)
+    table = nn.Embedding.from_pretrained(_table(Path(config.path)))
+    return Words("words", read("words", config.path, "AutoTokenizer"), table, table.embedding_dim, config)
 
 
 def _table(folder: Path) -> Tensor:
