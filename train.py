@@ -31,7 +31,8 @@ def main() -> None:
     parser.add_argument("--print-config", action="store_true", help="print the whole resolved config and exit")
     args = parser.parse_intermixed_args()
 
-    from vistok.training.run import load_config, train  # slow to import
+    from vistok.training.run import train  # slow to import
+    from vistok.training.run_config import load_config
 
     config = load_config(args.config, args.overrides)
     if args.print_config:

@@ -12,7 +12,8 @@ from tiny_models.text import save_t5
 from tiny_models.vgg import vgg16_file
 from vistok.checkpoint import export_info, load_autoencoder, load_generator
 from vistok.config import Component
-from vistok.training.run import DataConfig, LogConfig, RunConfig, load_config, train
+from vistok.training.run import train
+from vistok.training.run_config import DataConfig, LogConfig, RunConfig, load_config
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 OTHERS = {"tokenbridge": "tokenbridge", "next_scale": "tokenflow", "t2i": "tokenflow"}

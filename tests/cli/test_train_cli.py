@@ -43,7 +43,9 @@ def command(monkeypatch, capsys):
         ("resume=nowhere", ["checkpoint not found: nowhere"]),
         ("generator.name=gpt", ["a generator is trained on an exported tokenizer"]),
         ("trainer.accelerator=tpu", ["trainer.accelerator", "tpu"]),
-        ("trainer.strategy=fast", ["trainer: ", "strategy='fast'"]),
+        ("trainer.strategy=fast", ["trainer.strategy must be auto, fsdp, ddp", "got fast"]),
+        ("trainer.strategy=fsdp", ["shares out a generator"]),
+        ("trainer.activation_checkpointing=true", ["TinyTokenizer has none"]),
         ("nonsense", ["expected key=value, got 'nonsense'"]),
     ],
 )

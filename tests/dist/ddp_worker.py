@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from vistok.training.run import load_config, train
+from vistok.training.run import train
+from vistok.training.run_config import load_config
 from vistok.training.tasks import AdversarialTask, LossTask
 
 

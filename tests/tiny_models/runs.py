@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from vistok.training.run import RunConfig, load_config
+from vistok.training.run_config import RunConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +47,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
     """``metrics.csv`` without the columns that measure time."""
     with open(folder / "metrics.csv", newline="") as file:
         return [
-            {k: v for k, v in row.items() if k[6:] not in ("images_per_s", "data_wait")} for row in csv.DictReader(file)
+            {k: v for k, v in row.items() if k[6:] not in ("images_per_s", "tokens_per_s", "mfu", "data_wait")} for row in csv.DictReader(file)
         ]
 
 

@@ -16,7 +16,7 @@ def task():
 
 def make_ema(task, decay):
     ema = Ema(decay)
-    ema.setup(None, task, "fit")
+    ema.on_train_start(None, task)
     return ema
 
 

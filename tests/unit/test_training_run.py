@@ -198,6 +198,23 @@ def test_compiling_changes_neither_keys_nor_results(tmp_path, monkeypatch):
     torch.testing.assert_close(plain["callbacks"]["ema"], fast["callbacks"]["ema"])
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.compile=true", "trainer.strategy=fsdp works with neither trainer.compile nor"),
+        ("trainer.precision=16-mixed", "trainer.strategy=fsdp works with neither trainer.compile nor"),
+        ("trainer.strategy=deepspeed", "must be auto, fsdp, ddp or a variant of it, got deepspeed"),
+        ("data.batch_size=1", "297 validation samples make no equal numbers of batches of 1 for the 2 processes"),
+    ],
+)
+def test_what_sharded_weights_do_not_go_with_is_refused(tmp_path, override, message):
+    train(tiny_run(tmp_path, "trainer.max_updates=1"))
+    options = ("generator.name=tiny_models.generator", f"tokenizer={tmp_path / 'run'}", f"output={tmp_path / 'g'}")
+    with pytest.raises(UserError, match=message):
+        train(tiny_run(tmp_path, *options, "trainer.strategy=fsdp", "trainer.devices=2", override))
+    assert not (tmp_path / "g" / "run.yaml").exists()
+
+
 def test_the_length_is_said_once(tmp_path):
     train(tiny_run(tmp_path, "trainer.max_updates=null", "trainer.max_images=10"))
     assert read_state(tmp_path / "run")["updates"] == 3

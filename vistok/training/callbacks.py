@@ -30,7 +30,7 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from vistok.checkpoint import write_atomically
-from vistok.data.datamodule import Dataset
+from vistok.data.datamodule import Dataset, collate
 from vistok.errors import UserError
 from vistok.eval.codebook import CodebookUsage
 from vistok.eval.reconstruction import picture_reconstruction
@@ -41,6 +41,7 @@ from vistok.rng import seeded_generator
 from vistok.tokens import TokenSpec
 from vistok.training.ema import Ema
 from vistok.training.tasks import LossTask
+from vistok.training.throughput import peak_flops
 
 
 def is_due(task: LossTask, every: int) -> bool:
@@ -90,8 +91,8 @@ class Log(L.Callback):
     """Writes a row of means over the last ``every`` updates of all processes.
 
     Rows hold the loss and its terms, the net's statistics, learning rate, gradient norm before clipping, usage and
-    perplexity of the codes of the window (of a multi-scale code also scale by scale), images/s, and the share of time
-    spent waiting for data (neither counts validation, pictures and checkpoints). ``latest`` is the last row.
+    perplexity of the codes of the window (of a multi-scale code also scale by scale), :func:`throughput`, and the share
+    of time spent waiting for data (neither counts validation, pictures and checkpoints). ``latest`` is the last row.
 
     Args:
         every: updates of a window.
@@ -144,13 +145,27 @@ class Log(L.Callback):
         elapsed_s = self._waited_s + self._worked_s
         row["lr"] = task.lr
         row["images"] = float(task.images)
-        row["images_per_s"] = (task.images - self._images) / elapsed_s
+        row |= throughput(trainer, task, (task.images - self._images) / elapsed_s)
         row["data_wait"] = self._waited_s / elapsed_s
         return {f"train/{name}": value for name, value in row.items()}
 
 
+def throughput(trainer: L.Trainer, task: LossTask, images_per_s: float) -> dict[str, float]:
+    """Images/s of all processes; of a generator also positions/s and, on known devices in 16 bits, its MFU.
+
+    MFU (model FLOPs utilisation) is the share of the devices' peak that :attr:`Generator.train_flops` makes use of.
+    """
+    speed, net = {"images_per_s": images_per_s}, task.net
+    if isinstance(net, Generator):
+        speed["tokens_per_s"] = images_per_s * net.spec.num_positions
+        peak = peak_flops(torch.cuda.get_device_name(task.device)) if task.device.type == "cuda" else None
+        if peak and net.train_flops and trainer.precision != "32-true":
+            speed["mfu"] = images_per_s * net.train_flops / (peak * trainer.world_size)
+    return speed
+
+
 class ProgressLine(L.Callback):
-    """One live line: updates, ETA, loss terms, perplexity of the codes, images/s, memory.
+    """One live line: updates, ETA, loss terms, perplexity of the codes, images/s and tokens/s, MFU, memory.
 
     Args:
         source: where the numbers come from.
@@ -185,7 +200,12 @@ class ProgressLine(L.Callback):
         if "train/codebook_usage" in row:
             usage, perplexity = row["train/codebook_usage"], row["train/codebook_perplexity"]
             codes = [f"codes {usage:.0%} used, perplexity {perplexity:.0f}"]
-        return ", ".join([*losses, *codes, f"{row['train/images_per_s']:.0f} images/s", f"{_memory_gb(device):.1f} GB"])
+        speed = [f"{row['train/images_per_s']:.0f} images/s"]
+        if "train/tokens_per_s" in row:
+            speed.append(f"{row['train/tokens_per_s']:.0f} tokens/s")
+        if "train/mfu" in row:
+            speed.append(f"MFU {row['train/mfu']:.0%}")
+        return ", ".join([*losses, *codes, *speed, f"{_memory_gb(device):.1f} GB"])
 
     @override
     def on_train_end(self, trainer: L.Trainer, task: LossTask) -> None:
@@ -203,7 +223,8 @@ class ProgressLine(L.Callback):
 class Pictures(L.Callback):
     """Draws to ``pictures/`` and TensorBoard: reconstructions of a tokenizer, samples of a generator.
 
-    The original of a cached latent is what the autoencoder makes of it.
+    Every process draws, for it may hold a part of the weights; the first one saves. The original of a cached latent is
+    what the autoencoder makes of it.
 
     Args:
         folder: of the PNG files, ``update_00001000.png`` and so on.
@@ -216,7 +237,6 @@ class Pictures(L.Callback):
         self.folder, self.every, self.ema, self.rows = folder, every, ema, rows
 
     @override
-    @rank_zero_only
     def on_train_batch_end(self, trainer: L.Trainer, task: LossTask, *_: object) -> None:
         if not is_due(task, self.every):
             return
@@ -229,6 +249,8 @@ class Pictures(L.Callback):
             else:
                 assert task.tokenizer is not None
                 picture = samples(task.net, task.tokenizer.on(task.device), *asked_for(task, data.val, self.rows))
+        if not trainer.is_global_zero:
+            return
         save_png(picture, self.folder / f"update_{task.updates:08d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -244,10 +266,10 @@ def _with_image(sample: dict[str, Any], net: Autoencoder, device: torch.device) 
 
 def asked_for(task: LossTask, val: Dataset, rows: int) -> tuple[Condition, list[str]]:
     """Conditions to draw and their labels: captions of the validation data, or the first classes (none if none)."""
-    if task.text_encoder is not None:
-        texts = [val.get(index)["text"] for index in range(min(rows, len(val)))]
-        return task.text_encoder.on(task.device).encode(texts), [shorten(text, 60) for text in texts]
     assert isinstance(task.net, Generator)
+    if task.net.text_width:
+        batch = collate([val.get(index) for index in range(min(rows, len(val)))])
+        return task.condition(batch), [shorten(text, 60) for text in batch["text"]]
     class_ids = list(range(min(rows, task.net.num_classes))) or [NULL_CLASS]
     return ClassCondition(torch.tensor(class_ids)), [str(label) if label != NULL_CLASS else "" for label in class_ids]
 
@@ -267,7 +289,7 @@ class Checkpoint(L.Callback):
     Args:
         folder: the run's folder.
         every: updates between two checkpoints.
-        export: writes the export of a task.
+        export: writes the export of a task; called by every process.
     """
 
     def __init__(self, folder: Path, every: int, export: Callable[[LossTask], None]) -> None:
@@ -284,8 +306,7 @@ class Checkpoint(L.Callback):
         if self._saved == task.updates:
             return
         trainer.save_checkpoint(self.path)
-        if trainer.is_global_zero:
-            self.export(task)
+        self.export(task)
         self._saved = task.updates
 
 
@@ -335,7 +356,15 @@ class StopOnSignal(L.Callback):
 
 
 class CheckpointFile(TorchCheckpointIO):
-    """``last.ckpt`` as a file: written beside and renamed, so that a full disk leaves the previous one; read safely."""
+    """``last.ckpt`` as a file: written beside and renamed, so that a full disk leaves the previous one; read safely.
+
+    Args:
+        mmap: see :func:`read_checkpoint`.
+    """
+
+    def __init__(self, mmap: bool = False) -> None:
+        super().__init__()
+        self.mmap = mmap
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -348,7 +377,7 @@ class CheckpointFile(TorchCheckpointIO):
 
     @override
     def load_checkpoint(self, path: str | Path, *_: object, **__: object) -> dict[str, Any]:
-        return read_checkpoint(path)
+        return read_checkpoint(path, self.mmap)
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
@@ -356,7 +385,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
     Args:
         path: the file.
-        mmap: leave the tensors on the disk until they are read, to look at the counters alone.
+        mmap: leave the tensors on the disk until they are read, for those who need the counters or slices alone.
 
     Raises:
         UserError: if the file is missing, truncated or something else.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from vistok.training.sharding import placed_like, whole
 from vistok.training.tasks import LossTask
 
 
@@ -31,9 +32,9 @@ def trainable(net: nn.Module) -> dict[str, Tensor]:
 
 
 def averaged(net: nn.Module, average: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of ``net`` with its trainable weights replaced by their average."""
+    """The state dict of ``net`` with its trainable weights replaced by their average, see :func:`whole`."""
     state = net.state_dict()
-    return state | {name: value.to(state[name].dtype) for name, value in average.items()}
+    return whole(state | {name: value.to(state[name].dtype) for name, value in average.items()})
 
 
 class Ema(L.Callback):
@@ -54,12 +55,13 @@ class Ema(L.Callback):
         self._is_swapped = False
 
     @override
-    def setup(self, trainer: L.Trainer, task: LossTask, stage: str) -> None:
-        self.average = {name: p.float().clone() for name, p in trainable(task.net).items()}
-
-    @override
-    def on_fit_start(self, trainer: L.Trainer, task: LossTask) -> None:
-        self.average = {name: value.to(task.device) for name, value in self.average.items()}
+    def on_train_start(self, trainer: L.Trainer, task: LossTask) -> None:
+        weights = trainable(task.net)
+        if self.average:  # loaded
+            assert self.average.keys() == weights.keys(), "the average must have the keys of the net"
+            self.average = {name: placed_like(value, weights[name]) for name, value in self.average.items()}
+        else:
+            self.average = {name: p.float().clone() for name, p in weights.items()}
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, task: LossTask, *_: object) -> None:
@@ -90,9 +92,8 @@ class Ema(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.average)
+        return whole(self.average)
 
     @override
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        assert state.keys() == self.average.keys(), "the average must have the keys of the net"
         self.average = dict(state)

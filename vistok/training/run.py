@@ -16,10 +16,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -27,7 +26,6 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from omegaconf import MISSING
 from torch import Tensor, nn
 
 import vistok
@@ -42,14 +40,16 @@ from vistok.checkpoint import (
     write_atomically,
 )
 from vistok.cli import quiet_libraries
-from vistok.config import Component, build, component_config, parse_overrides, read_yaml, to_plain, to_yaml, typed
+from vistok.config import Component, build, to_plain, to_yaml
 from vistok.data.code_cache import CodeCache, check_tokenizer
-from vistok.data.datamodule import DataModule, Dataset
+from vistok.data.datamodule import DataModule, Dataset, has_captions, ordered_batches
 from vistok.data.latent_cache import LatentCache, check_vae
+from vistok.data.text_states import check_text_encoder
 from vistok.errors import UserError, first_line
 from vistok.interfaces import Autoencoder, Generator, TextEncoder, Tokenizer
-from vistok.losses.adversarial import AdversarialConfig, Discriminator
-from vistok.losses.perceptual import PerceptualConfig, PerceptualLoss
+from vistok.losses.adversarial import Discriminator
+from vistok.losses.perceptual import PerceptualLoss
+from vistok.nn.transformer import recompute_blocks
 from vistok.rng import derive_seed
 from vistok.training.callbacks import (
     Checkpoint,
@@ -62,166 +62,17 @@ from vistok.training.callbacks import (
     Validation,
     read_checkpoint,
 )
-from vistok.training.ema import Ema, EmaConfig, averaged
-from vistok.training.optim import OptimConfig
+from vistok.training.ema import Ema, averaged
+from vistok.training.run_config import SHARDED, RunConfig, TrainerConfig, load_config
+from vistok.training.sharding import ShardedStrategy
 from vistok.training.tasks import AdversarialTask, LossTask
 
-
-@dataclass
-class DataConfig:
-    """Training data: a component of ``vistok.data`` and its loader.
-
-    Args:
-        name: module of ``vistok.data``.
-        args: its arguments.
-        batch_size: images of one process in one micro-batch.
-        workers: loader processes of one process.
-    """
-
-    name: str = MISSING
-    args: dict[str, Any] = field(default_factory=dict)
-    batch_size: int = 64
-    workers: int = 0
-
-
-@dataclass
-class TrainerConfig:
-    """How long and on what; exactly one of the first three.
-
-    Args:
-        max_updates: length of the run in optimizer updates.
-        max_images: the same in images over all processes.
-        max_epochs: the same in passes over the training data.
-        precision: of the forward pass.
-        accumulate: micro-batches of one update.
-        accelerator: where to train; ``auto`` takes a GPU if there is one.
-        devices: processes on this machine, ``auto`` for one on each GPU.
-        num_nodes: machines.
-        strategy: of Lightning; DDP variants are supported.
-        compile: ``torch.compile`` the training pass.
-        val_every_updates: updates between two validations.
-    """
-
-    max_updates: int | None = None
-    max_images: int | None = None
-    max_epochs: float | None = None
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    accumulate: int = 1
-    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
-    devices: Any = 1
-    num_nodes: int = 1
-    strategy: str = "auto"
-    compile: bool = False
-    val_every_updates: int = 1000
-
-
-@dataclass
-class LogConfig:
-    """How often to log.
-
-    Args:
-        every_updates: updates of a row of ``metrics.csv``.
-        pictures_every_updates: updates between two pictures.
-    """
-
-    every_updates: int = 50
-    pictures_every_updates: int = 1000
-
-
-@dataclass
-class CheckpointConfig:
-    """How often to save.
-
-    Args:
-        every_updates: updates between two writes of ``last.ckpt`` and the export.
-    """
-
-    every_updates: int = 1000
-
-
-@dataclass
-class RunConfig:
-    """Everything that defines a run.
-
-    Args:
-        output: the run's folder.
-        tokenizer: ``{name, args}`` of the tokenizer to train, or the folder of a trained one under a generator.
-        generator: ``{name, args}`` of the generator to train; null trains the tokenizer.
-        text_encoder: ``{name, args}`` of the frozen reader of captions under a generator conditioned on text.
-        perceptual: LPIPS in the loss of a tokenizer; null leaves it out.
-        adversarial: a discriminator against a tokenizer; null leaves it out.
-        data: training data.
-        optim: optimizer and schedule.
-        ema: averaging.
-        trainer: length, devices, precision.
-        log: intervals of rows and pictures.
-        checkpoint: interval of checkpoints.
-        seed: names initial weights, order of the data and every draw.
-        resume: null starts in a fresh folder; ``auto`` goes on from ``last.ckpt`` in ``output`` if there is one; a
-            path goes on from that checkpoint (a file or a run's folder).
-    """
-
-    output: str = MISSING
-    tokenizer: Any = MISSING
-    generator: Component | None = None
-    text_encoder: Component | None = None
-    perceptual: PerceptualConfig | None = None
-    adversarial: AdversarialConfig | None = None
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    seed: int = 0
-    resume: str | None = None
-
-
 RUN, LAST = "run.yaml", "last.ckpt"
-LENGTHS = ("max_updates", "max_images", "max_epochs")
 FREE_ON_RESUME = ("output", "trainer", "log", "checkpoint", "resume")
 """Parts of a config that a resumed run may change; others would silently not be what the weights were made with.
 
 The tokenizer under a generator is known by its hash instead: its folder may have moved.
 """
-
-
-def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
-    """The run in a YAML file with ``key=value`` overrides, all defaults of its components written out.
-
-    Arguments belong to a name: where an override names another component, those in the file are void.
-
-    Raises:
-        UserError: for an unknown key, a wrong type, a missing value or parts that do not go together.
-    """
-    written, given = read_yaml(path), parse_overrides(overrides)
-    for key, part in given.items():
-        replaced = written.get(key)
-        if (
-            isinstance(part, dict)
-            and isinstance(replaced, dict)
-            and part.get("name") not in (None, replaced.get("name"))
-        ):
-            replaced.pop("args", None)
-    config = typed(RunConfig, written, str(path), given)
-    if config.generator is None:
-        if not isinstance(config.tokenizer, dict):
-            raise UserError(f"{path}: tokenizer must be {{name, args}} to train one, got {config.tokenizer!r}")
-        tokenizer = _resolved("tokenizers", typed(Component, config.tokenizer, f"{path}: tokenizer"), path)
-        config.tokenizer = {"name": tokenizer.name, "args": tokenizer.args}
-    else:
-        if not isinstance(config.tokenizer, str):
-            raise UserError(
-                f"{path}: a generator is trained on an exported tokenizer: give its folder, tokenizer=runs/..."
-            )
-        if config.perceptual or config.adversarial:
-            raise UserError(f"{path}: perceptual and adversarial judge a tokenizer, this run trains a generator")
-        config.generator = _resolved("generators", config.generator, path)
-    if config.text_encoder is not None:
-        config.text_encoder = _resolved("text_encoders", config.text_encoder, path)
-    config.data.args = _resolved("data", Component(config.data.name, config.data.args), path).args
-    _check_ranges(config, path)
-    return config
 
 
 def train(config: RunConfig) -> None:
@@ -237,12 +88,14 @@ def train(config: RunConfig) -> None:
     state = None if start is None else read_checkpoint(start, mmap=True)
     torch.manual_seed(derive_seed("init", config.seed))
     net, tokenizer = _build_models(config)
-    text_encoder = _build_text_encoder(config, net)
+    if config.trainer.activation_checkpointing:
+        recompute_blocks(net)
     size = net.spec.image_size_px
     perceptual = PerceptualLoss(config.perceptual, size) if config.perceptual else None
     discriminator = Discriminator(config.adversarial, size) if config.adversarial else None
     tokenizer_hash = None if tokenizer is None else export_hash(config.tokenizer)
     train_data, val_data = _build_data(config, net, tokenizer, tokenizer_hash)
+    text_encoder = _build_text_encoder(config, net, train_data)
     if state:
         models = {"net": net} | ({"discriminator": discriminator} if discriminator else {})
         _check_checkpoint(start, state, models, tokenizer_hash)
@@ -253,7 +106,7 @@ def train(config: RunConfig) -> None:
     checkpoint = Checkpoint(
         Path(config.output),
         config.checkpoint.every_updates,
-        lambda task: write_export(averaged(task.net, ema.average), task.progress),
+        lambda task: write_export(averaged(task.net, ema.average), task.progress),  # all gather, the first writes
     )
     trainer = _make_trainer(config, net, ema, checkpoint, state["updates"] if state else 0)
     images_per_update = config.data.batch_size * trainer.world_size * config.trainer.accumulate
@@ -265,6 +118,8 @@ def train(config: RunConfig) -> None:
 
     make_task = LossTask if discriminator is None else partial(AdversarialTask, discriminator)
     task = make_task(net, config.optim, max_updates, config.seed, tokenizer, tokenizer_hash, text_encoder, perceptual)
+    if config.trainer.strategy == SHARDED:
+        _check_even(len(val_data), config.data.batch_size, trainer.world_size)
     data = DataModule(
         train_data, val_data, config.data.batch_size, config.data.workers, config.seed, consumed=lambda: task.images
     )
@@ -291,13 +146,13 @@ def _build_models(config: RunConfig) -> tuple[Autoencoder | Generator, Tokenizer
     return build("generators", config.generator, tokenizer.spec), tokenizer
 
 
-def _build_text_encoder(config: RunConfig, net: Autoencoder | Generator) -> TextEncoder | None:
-    """The frozen reader of captions, if ``net`` is conditioned on text.
+def _build_text_encoder(config: RunConfig, net: Autoencoder | Generator, data: Dataset) -> TextEncoder | None:
+    """The frozen reader of captions, if ``net`` is conditioned on text and ``data`` do not have the states already.
 
     Raises:
-        UserError: if it is missing, useless, or its states do not fit the net.
+        UserError: if it is missing, useless, or its states do not fit the net or are not those of the data.
     """
-    width = net.text_width if isinstance(net, Generator) else 0
+    width, room = (net.text_width, net.text_positions) if isinstance(net, Generator) else (0, 0)
     if config.text_encoder is None:
         if width:
             raise UserError(
@@ -313,6 +168,15 @@ def _build_text_encoder(config: RunConfig, net: Autoencoder | Generator) -> Text
             f"the text encoder's states have {text_encoder.width} channels but the generator reads {width}: "
             f"set generator.args.text_width={text_encoder.width}"
         )
+    most = config.text_encoder.args.get("max_length", 0)
+    if 0 < room < most:
+        raise UserError(
+            f"the text encoder reads up to {most} tokens of a caption but the generator has room for {room}: "
+            f"set text_encoder.args.max_length={room} or generator.args.text_positions={most}"
+        )
+    if isinstance(data, CodeCache) and data.text is not None:
+        check_text_encoder(data.text, text_encoder)
+        return None
     return text_encoder
 
 
@@ -339,14 +203,9 @@ def _build_data(
             f"the data has {train_data.num_classes} classes but the generator {net.num_classes}: "
             f"set generator.args.num_classes={train_data.num_classes}"
         )
-    if isinstance(net, Generator) and net.text_width and not _has_captions(train_data):
+    if isinstance(net, Generator) and net.text_width and not has_captions(train_data):
         raise UserError(f"data: {config.data.name} has no captions, and this generator is conditioned on text")
     return train_data, val_data
-
-
-def _has_captions(data: Dataset) -> bool:
-    """Whether any of the first samples has one."""
-    return any(data.get(index)["text"] for index in range(min(len(data), 16)))
 
 
 def _exporter(
@@ -365,6 +224,7 @@ def _exporter(
     if config.text_encoder is not None:
         details["text_encoder"] = to_plain(seen_from(config.output, config.text_encoder))
 
+    @rank_zero_only
     def write(weights: dict[str, Tensor], progress: dict[str, float]) -> None:
         weights = {key: value for key, value in weights.items() if key.split(".")[0] not in dropped}
         export(config.output, kind, component, net.spec, weights, {**progress, **details}, helpers)
@@ -381,6 +241,7 @@ def _make_trainer(
         UserError: if this machine lacks the devices, or they the precision.
     """
     output, trainer, every = Path(config.output), config.trainer, config.log
+    sharded = trainer.strategy == SHARDED
     log = Log(every.every_updates, net.spec)
     callbacks = [  # in this order: the average first, the one that ends the run last
         ema,
@@ -398,14 +259,14 @@ def _make_trainer(
             accelerator=trainer.accelerator,
             devices=trainer.devices,
             num_nodes=trainer.num_nodes,
-            strategy=trainer.strategy,
+            strategy=ShardedStrategy() if sharded else trainer.strategy,
             precision=trainer.precision,
             accumulate_grad_batches=trainer.accumulate,
             max_epochs=-1,
             limit_val_batches=0,
             logger=[CsvLogger(output / "metrics.csv", resumed_at), board],
             callbacks=callbacks,
-            plugins=[CheckpointFile()],
+            plugins=[CheckpointFile(mmap=sharded)],
             default_root_dir=output,
             use_distributed_sampler=False,
             enable_checkpointing=False,
@@ -415,6 +276,15 @@ def _make_trainer(
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"trainer: {first_line(error)}") from None
+
+
+def _check_even(count: int, batch_size: int, world_size: int) -> None:
+    """Raise UserError unless all processes validate as many batches, for each of which they gather weights together."""
+    if len({len(ordered_batches(count, batch_size, rank, world_size)) for rank in range(world_size)}) > 1:
+        raise UserError(
+            f"{count} validation samples make no equal numbers of batches of {batch_size} for the {world_size} "
+            f"processes that trainer.strategy={SHARDED} keeps in step: give a larger data.batch_size"
+        )
 
 
 def _max_updates(config: TrainerConfig, images_per_update: int, images_per_epoch: int) -> int:
@@ -514,48 +384,7 @@ def _finish(
     print(f"{config.output} is finished: {progress['updates']} updates, {progress['images']} images")
 
 
-# ---------------------------------------------------------------------- config and console
-
-
-def _resolved(kind: str, component: Component, where: str | Path) -> Component:
-    return Component(component.name, to_plain(component_config(kind, component, str(where))))
-
-
-def _check_ranges(config: RunConfig, where: str | Path) -> None:
-    trainer = config.trainer
-    given = [key for key in LENGTHS if getattr(trainer, key) is not None]
-    if len(given) != 1:
-        got = " and ".join(given) or "none"
-        raise UserError(f"{where}: trainer: give exactly one of {', '.join(LENGTHS)}, got {got}")
-    at_least_one = {
-        f"trainer.{given[0]}": math.ceil(getattr(trainer, given[0])),
-        "trainer.accumulate": trainer.accumulate,
-        "trainer.val_every_updates": trainer.val_every_updates,
-        "data.batch_size": config.data.batch_size,
-        "log.every_updates": config.log.every_updates,
-        "log.pictures_every_updates": config.log.pictures_every_updates,
-        "checkpoint.every_updates": config.checkpoint.every_updates,
-    }
-    for key, value in at_least_one.items():
-        if value < 1:
-            raise UserError(f"{where}: {key} must be at least 1, got {value}")
-    optim, adversarial = config.optim, config.adversarial
-    adapts = adversarial is not None and adversarial.adaptive
-    exact = not trainer.compile and trainer.precision != "16-mixed"
-    checks = {
-        "adversarial.adaptive works with neither trainer.compile nor trainer.precision=16-mixed": exact or not adapts,
-        "ema.decay must lie in [0, 1)": 0 <= config.ema.decay < 1,
-        "optim.lr must be positive": optim.lr > 0,
-        "optim.betas must lie in [0, 1)": all(0 <= beta < 1 for beta in optim.betas),
-        "optim.weight_decay must be at least 0": optim.weight_decay >= 0,
-        "optim.warmup_updates must be at least 0": optim.warmup_updates >= 0,
-        "optim.min_lr_ratio must lie in [0, 1]": 0 <= optim.min_lr_ratio <= 1,
-        "optim.clip_norm must be positive (null never clips)": optim.clip_norm is None or optim.clip_norm > 0,
-        "data.workers must be at least 0": config.data.workers >= 0,
-    }
-    for rule, holds in checks.items():
-        if not holds:
-            raise UserError(f"{where}: {rule}")
+# ---------------------------------------------------------------------- console
 
 
 def _write_run_yaml(config: RunConfig) -> None:

@@ -18,10 +18,12 @@ from vistok.errors import UserError
 from vistok.interfaces import Autoencoder, ClassCondition, Condition, Generator, LossReport, TextEncoder, Tokenizer
 from vistok.losses.adversarial import Discriminator, adaptive_weight, adversarial_loss, discriminator_loss
 from vistok.losses.perceptual import PerceptualLoss
+from vistok.nn.attention import training_attention
 from vistok.nn.frozen import Frozen
 from vistok.rng import derive_seed, seeded_generator
 from vistok.tokens import Tokens
 from vistok.training.optim import OptimConfig, decay_groups, lr_factor, make_optimizer
+from vistok.training.sharding import ShardedStrategy, full, shard
 
 
 class LossTask(L.LightningModule):
@@ -38,7 +40,7 @@ class LossTask(L.LightningModule):
         seed: seed of the run.
         tokenizer: frozen tokenizer that makes the tokens of a generator.
         tokenizer_hash: of its export; the checkpoint remembers it.
-        text_encoder: frozen reader of the captions of a generator conditioned on text.
+        text_encoder: frozen reader of the captions of a generator conditioned on text; None if the data have states.
         perceptual: judges what a tokenizer reconstructs, in training and in validation.
     """
 
@@ -98,8 +100,11 @@ class LossTask(L.LightningModule):
         return {"grad_norm": self._clipped(self.net)}
 
     def condition(self, batch: dict[str, Any]) -> Condition:
-        """What a generator is conditioned on: the captions of a batch, its classes, or nothing."""
-        if self.text_encoder is not None:
+        """What a generator is conditioned on: the captions of a batch, cached or read now, its classes, or nothing."""
+        if self.net.text_width:
+            if "condition" in batch:
+                return batch["condition"]
+            assert self.text_encoder is not None
             return self.text_encoder.on(self.device).encode(batch["text"])
         classes = ClassCondition(batch["label"])
         return classes if self.net.num_classes else classes.null()
@@ -122,11 +127,19 @@ class LossTask(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         stream = (self.seed, "train", self.updates, len(self._pending), self.global_rank)
         torch.manual_seed(derive_seed("layers", *stream))  # dropout layers know no other generator
-        report = self.training_objective(batch, seeded_generator(*stream, device=self.device))
+        if isinstance(self.net, Generator):
+            self.net.at_progress(self.updates / self.max_updates)
+        with training_attention(self.device):
+            report = self.training_objective(batch, seeded_generator(*stream, device=self.device))
         self.report = _detached(report)
         self._pending.append(self.report.terms | {"total": self.report.total})
         self.images += len(batch["label"]) * self.trainer.world_size
         return report.total
+
+    @override
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with training_attention(self.device):  # what is computed once more must be computed alike
+            super().backward(loss, *args, **kwargs)
 
     @override
     def on_train_batch_end(self, *_: object) -> None:
@@ -150,6 +163,12 @@ class LossTask(L.LightningModule):
             self.trainer.should_stop = True
 
     @override
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            assert isinstance(self.net, Generator)
+            shard(self.net, self.trainer.strategy.mesh)
+
+    @override
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.make_optimizer()
         scheduler = LambdaLR(optimizer, lambda update: lr_factor(update, self.optim, self.max_updates))
@@ -167,7 +186,7 @@ class LossTask(L.LightningModule):
 
     def _clipped(self, model: nn.Module) -> Tensor:
         limit = math.inf if self.optim.clip_norm is None else self.optim.clip_norm
-        return torch.nn.utils.clip_grad_norm_(model.parameters(), limit).detach()
+        return full(torch.nn.utils.clip_grad_norm_(model.parameters(), limit).detach())
 
     def _refuse_non_finite(self) -> None:
         """Stop before the optimizer moves anything; one transfer to the CPU for the whole update.
