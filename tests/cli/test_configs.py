@@ -8,7 +8,7 @@ import pytest
 from tiny_models.args import TINY_ARGS
 from tiny_models.models import exported_tokenizer
 from tiny_models.runs import ROOT, read_state
-from tiny_models.text import save_t5
+from tiny_models.text import WIDTH, save_t5
 from tiny_models.vgg import vgg16_file
 from vistok.checkpoint import export_info, load_autoencoder, load_generator
 from vistok.config import Component
@@ -67,9 +67,10 @@ def t5(tmp_path_factory):
 
 def load(path: Path, tokenizers: dict[str, Path], t5: Path) -> RunConfig:
     tokenizer = tokenizers[next((name for part, name in OTHERS.items() if part in path.stem), "flextok")]
-    keys = {line.split(":")[0] for line in path.read_text().splitlines()}
-    folders = {"generator": f"tokenizer={tokenizer}", "text_encoder": f"text_encoder.args.path={t5}"}
-    return load_config(path, [override for key, override in folders.items() if key in keys])
+    lines = path.read_text().splitlines()
+    texts = f"width={WIDTH}" if "  name: bytes" in lines else f"path={t5}"
+    changes = {"generator": f"tokenizer={tokenizer}", "text_encoder": f"text_encoder.args.{texts}"}
+    return load_config(path, [change for key, change in changes.items() if f"{key}:" in lines])
 
 
 def test_configs_are_shipped():
