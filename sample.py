@@ -7,7 +7,6 @@ import difflib
 import os
 from dataclasses import replace
 from pathlib import Path
-from textwrap import shorten
 
 import torch
 from tqdm import tqdm
@@ -15,32 +14,47 @@ from tqdm import tqdm
 from vistok import cli
 from vistok.checkpoint import export_info, load_autoencoder, load_text_encoder
 from vistok.data.datamodule import load_images
-from vistok.errors import UserError
+from vistok.errors import UserError, first_line
 from vistok.interfaces import NULL_CLASS, ClassCondition, Condition, Generator, SampleOptions
 from vistok.pictures import prefix_grid, save_images, save_png, to_uint8
 from vistok.pipeline import (
+    check_guidance,
     decode_prefixes,
     encode_images,
     load_models,
     prefix_lengths,
     read_decode_options,
     read_sample_options,
-    sample_images,
+    sample_prefixes,
 )
 
 EXAMPLES = """writes for a generator:
   OUT/grid.png  OUT/00000.png ...  OUT/samples.npz (uint8 arr_0, N x H x W x 3, for FID evaluators)
+  of several --tokens: OUT/grid.png, and all three in OUT/tokens_004/ ...
 and for a tokenizer:
   OUT/reconstruction.png, and grid.png, 00000.png ... and samples.npz in OUT/original/, OUT/tokens_004/ ...
 
 examples:
   python sample.py --checkpoint runs/demo/generator --class 3 --count 16 --cfg-scale 2 --top-p 0.95 --out samples/
+  python sample.py --checkpoint runs/demo/generator --tokens 1,4,16 --cfg-scale 2 --guidance-interval 0,0.5
+  python sample.py --checkpoint runs/demo/generator --first 17 --count 1   (image 17 of the first call, alone)
   python sample.py --checkpoint runs/t2i/generator --prompt "a small red circle" --count 4 --cfg-scale 3
+  python sample.py --checkpoint runs/t2i/generator --prompts prompts.txt --count 8 --cfg-scale 3
   python sample.py --checkpoint runs/demo/tokenizer --images DIR --tokens 1,4,16 --out reconstructions/
 """
-SAMPLING = ("cfg_scale", "temperature", "top_k", "top_p")
 FLAGS_OF = {
-    "generator": ("class", "prompt", "negative_prompt", "tokenizer", "text_encoder", "sampling", *SAMPLING),
+    "generator": (
+        "class",
+        "prompt",
+        "prompts",
+        "negative_prompt",
+        "tokenizer",
+        "text_encoder",
+        "sampling",
+        "first",
+        "cfg_scale",
+        *cli.SAMPLING,
+    ),
     "tokenizer": ("images", "on_error"),
 }
 
@@ -54,24 +68,26 @@ def parse() -> argparse.Namespace:
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="run or export folder")
     add("--out", type=Path, default=Path("samples"), metavar="DIR", help="default: samples/")
     add("--tokens", type=cli.token_counts, metavar="K[,K...]", help="of ordered codes (default: all, or 1, 2, 4, ...)")
-    add("--count", type=cli.positive_int, default=16, metavar="N", help="images (default: 16)")
-    add("--seed", type=int, default=0, metavar="N", help="image i depends on seed and i alone (default: 0)")
+    add("--count", type=cli.positive_int, default=16, metavar="N", help="images, of each prompt (default: 16)")
+    add("--seed", type=int, default=0, metavar="N", help="names the images: i depends on seed and i alone (default: 0)")
     add("--batch-size", type=cli.positive_int, default=64, metavar="N", help="images at a time (default: 64)")
     add("--decode", nargs="*", default=[], metavar="key=value", help="decode options, such as steps=8")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=cli.usable_device, default=device, help="default: %(default)s")
     add("--precision", choices=("32", "bf16"), default="32", help="bf16 computes under autocast (default: 32)")
-    add = parser.add_argument_group("for a generator").add_argument
+    group = parser.add_argument_group("for a generator")
+    add = group.add_argument
     add("--class", metavar="C", help="class number or name (default: all in turn)")
-    add("--prompt", metavar="TEXT", help='what a generator conditioned on text shall show; "" is anything')
+    add("--prompt", action="append", metavar="TEXT",
+        help='what a generator conditioned on text shall show, "" is anything; may be given several times')  # fmt: skip
+    add("--prompts", type=Path, metavar="FILE", help="prompts, one a line")
     add("--negative-prompt", metavar="TEXT", help='what guidance leads away from (default: "", the empty text)')
     add("--tokenizer", type=Path, metavar="DIR", help="default: the one that the generator was trained on")
     add("--text-encoder", type=Path, metavar="DIR", help="default: the one that the generator was trained with")
     add("--cfg-scale", type=float, metavar="S", help="guidance scale; 1 is none (default: 1)")
-    add("--temperature", type=float, metavar="T", help="0 takes the likeliest code (default: 1)")
-    add("--top-k", type=int, metavar="K", help="keep the k likeliest codes; 0 keeps all (default: 0)")
-    add("--top-p", type=float, metavar="P", help="keep this much probability; 1 keeps all (default: 1)")
+    cli.add_sampling_flags(group)
     add("--sampling", nargs="*", metavar="key=value", help="options of this kind of generator, such as steps=64")
+    add("--first", type=cli.non_negative_int, metavar="I", help="begin with image I of the seed's (default: 0)")
     add = parser.add_argument_group("for a tokenizer").add_argument
     add(
         "--images",
@@ -83,23 +99,28 @@ def parse() -> argparse.Namespace:
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Write a grid, one PNG for each sample, and ``samples.npz``."""
-    flags = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    SampleOptions(**flags)  # refuses bad values before anything is loaded
+    """Write a grid, one PNG for each sample, and ``samples.npz``; the last two for each number of tokens."""
+    flags = {} if args.cfg_scale is None else {"cfg_scale": args.cfg_scale}
+    options = SampleOptions(**flags, **cli.sampling_flags(args))  # refuses bad values before anything is loaded
     generator, tokenizer, _ = load_models(args.checkpoint, args.tokenizer, args.device)
-    if args.tokens is not None:
-        if len(args.tokens) > 1:
-            raise UserError(f"--tokens: a generator takes one number, got {len(args.tokens)}")
-        (flags["num_tokens"],) = prefix_lengths(generator.spec, args.tokens)
+    if args.negative_prompt is None:
+        check_guidance(args.checkpoint, options.cfg_scale)
+    lengths = prefix_lengths(generator.spec, args.tokens or [generator.spec.num_positions])
+    args.first = args.first or 0
     condition, labels = (texts if generator.text_width else classes)(args, generator)
     decode = read_decode_options(tokenizer, args.decode)
-    flags["extra"] = read_sample_options(generator, args.sampling or [])
-    with tqdm(total=args.count, desc="sample", unit="img", leave=False) as bar:
-        images = sample_images(
-            generator, tokenizer, condition, SampleOptions(**flags), args.seed, args.batch_size, decode, bar.update
-        )
-    save_images(args.out, images, labels)
-    print(f"{args.count} samples: {args.out / 'grid.png'}, {args.out / 'samples.npz'}")
+    options = replace(options, extra=read_sample_options(generator, args.sampling or []))
+    with tqdm(total=len(condition), desc="sample", unit="img", leave=False) as bar:
+        more = (args.seed, args.batch_size, decode, bar.update, args.first)
+        sampled = sample_prefixes(generator, tokenizer, condition, options, lengths, *more)
+    if len(lengths) == 1:
+        save_images(args.out, sampled[lengths[0]], labels, args.first)
+        print(f"{len(condition)} samples: {args.out / 'grid.png'}, {args.out / 'samples.npz'}")
+        return
+    for length, images in sampled.items():
+        save_images(args.out / f"tokens_{length:03d}", images, labels, args.first)
+    save_png(prefix_grid(None, sampled, labels), args.out / "grid.png")
+    print(f"{len(condition)} samples, columns {lengths}: {args.out / 'grid.png'}")
 
 
 def classes(args: argparse.Namespace, generator: Generator) -> tuple[Condition, list[str]]:
@@ -108,35 +129,57 @@ def classes(args: argparse.Namespace, generator: Generator) -> tuple[Condition, 
     Raises:
         UserError: for an unknown class, or flags of a generator conditioned on text.
     """
-    if any(given is not None for given in (args.prompt, args.negative_prompt, args.text_encoder)):
+    if any(given is not None for given in (args.prompt, args.prompts, args.negative_prompt, args.text_encoder)):
         raise UserError(
-            "--prompt, --negative-prompt and --text-encoder are for a generator conditioned on text, "
+            "--prompt, --prompts, --negative-prompt and --text-encoder are for a generator conditioned on text, "
             f"that in {args.checkpoint} is not: give --class"
         )
     names = export_info(args.checkpoint).get("class_names") or []
     names += [str(number) for number in range(len(names), generator.num_classes)]
     wanted = getattr(args, "class")
-    class_ids = torch.arange(args.count) % len(names) if names else torch.full((args.count,), NULL_CLASS)
+    numbers = torch.arange(args.first, args.first + args.count)
+    class_ids = numbers % len(names) if names else torch.full_like(numbers, NULL_CLASS)
     if wanted is not None:
-        class_ids = torch.full((args.count,), class_number(wanted, names))
+        class_ids = torch.full_like(numbers, class_number(wanted, names))
     return ClassCondition(class_ids), [names[number] if number >= 0 else "" for number in class_ids.tolist()]
 
 
 def texts(args: argparse.Namespace, generator: Generator) -> tuple[Condition, list[str]]:
-    """``--prompt`` for each sample, as the text encoder sees it; and as a label.
+    """Each prompt for ``--count`` samples, as the text encoder sees it; and as a label.
 
     Raises:
         UserError: if there is none, for ``--class``, or if the text encoder is missing.
     """
-    if getattr(args, "class") is not None or args.prompt is None:
-        raise UserError(f"the generator in {args.checkpoint} is conditioned on text: give --prompt TEXT, no --class")
+    prompts = [*(args.prompt or []), *(read_prompts(args.prompts) if args.prompts else [])]
+    if getattr(args, "class") is not None or not prompts:
+        raise UserError(
+            f"the generator in {args.checkpoint} is conditioned on text: give --prompt TEXT or --prompts FILE, "
+            "no --class"
+        )
     encoder = load_text_encoder(args.checkpoint, args.text_encoder, args.device)
-    same = torch.zeros(args.count, dtype=torch.int64)
-    condition = encoder.encode([args.prompt])
-    if args.negative_prompt is not None:
-        negative = encoder.encode([args.negative_prompt])
-        condition = replace(condition, null_states=negative.states, null_mask=negative.mask)
-    return condition[same], [shorten(args.prompt, 60)] * args.count
+    negative = [] if args.negative_prompt is None else [args.negative_prompt]
+    # All at once, so that one line warns of those that are too long.
+    read = encoder.encode([*prompts, *negative])
+    condition = read[: len(prompts)]
+    if negative:
+        condition = condition.away_from(read[len(prompts) :])
+    rows = torch.arange(len(prompts)).repeat_interleave(args.count)
+    return condition[rows], [prompts[row] for row in rows]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        UserError: if there is no such file, or nothing in it.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts: cannot read {path}: {first_line(error)}") from None
+    if not (prompts := [line.strip() for line in lines if line.strip()]):
+        raise UserError(f"--prompts: {path} has no prompt in it")
+    return prompts
 
 
 @cli.flag_for("data.args.on_error=", "--on-error ")

@@ -22,7 +22,8 @@ from vistok.eval.train_teacher import NAME, TEACHERS, train_teacher
 from vistok.interfaces import Tokenizer
 from vistok.pipeline import prefix_lengths
 from vistok.rng import seeded_generator
-from vistok.training.run import load_config, train
+from vistok.training.run import train
+from vistok.training.run_config import load_config
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits" / "flextok.yaml"
 # The patches of the decoder, at twice the size.

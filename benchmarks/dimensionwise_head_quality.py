@@ -24,10 +24,12 @@ from vistok.checkpoint import load_generator, load_tokenizer
 from vistok.config import build
 from vistok.data.datamodule import load_data
 from vistok.generators.gpt import GPT
+from vistok.generators.losses import cross_entropy
 from vistok.interfaces import ClassCondition, Tokenizer
 from vistok.pipeline import tokenize_images
 from vistok.tokens import Tokens
-from vistok.training.run import load_config, train
+from vistok.training.run import train
+from vistok.training.run_config import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "digits"
 
@@ -76,7 +78,7 @@ def unigram(known: Tokens, held_out: Tokens) -> Tensor:
 @torch.no_grad()
 def nats(model: GPT, tokens: Tokens, condition: ClassCondition) -> Tensor:
     """Mean cross-entropy of each slot's codes."""
-    return model.adapter.loss(model.hidden(tokens.ids[:, :-1], condition), tokens.ids).mean(dim=(0, 1))
+    return cross_entropy(model.logits(tokens.ids, condition), tokens.ids).mean(dim=(0, 1))
 
 
 def main() -> None:

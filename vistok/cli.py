@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from textwrap import shorten
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -18,7 +18,12 @@ from vistok.errors import UserError
 
 
 def main(run: Callable[[], None]) -> None:
-    """Run a command; a :class:`UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a command; a :class:`UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+
+    A warning becomes one line too.
+    """
+    # One line, as a mistake is, without the source that warns.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     # A pipe that closes early (| head) is no error worth a traceback.
     try:
         run()
@@ -43,9 +48,11 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
+def add_data_flags(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """``--data``, ``--data-args`` and ``--workers``, for commands that read images."""
-    parser.add_argument("--data", required=True, help="digits, shapes, photos, an image folder or shards")
+    text = "digits, shapes, photos, an image folder or shards"
+    text = text if default is None else f"{text} (default: {default})"
+    parser.add_argument("--data", required=default is None, default=default, help=text)
     parser.add_argument(
         "--data-args",
         nargs="*",
@@ -56,6 +63,41 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=non_negative_int, default=0, metavar="N", help="loader processes (default: %(default)s)"
     )
+
+
+SAMPLING = ("guidance_interval", "temperature", "final_temperature", "top_k", "top_p", "min_p", "compile")
+"""Flags of :func:`add_sampling_flags`, as attributes of the parsed command line and of ``SampleOptions``."""
+
+
+def add_sampling_flags(parser: argparse._ActionsContainer) -> None:
+    """How codes are drawn, for commands that take a generator (``--cfg-scale`` is their own); None where not given."""
+    add = parser.add_argument
+    add(
+        "--guidance-interval",
+        type=interval,
+        metavar="A,B",
+        help="guide only while this share of the codes is known (default: 0,1)",
+    )
+    add("--temperature", type=float, metavar="T", help="0 takes the likeliest code (default: 1)")
+    add("--final-temperature", type=float, metavar="T", help="what it moves to by the last code (default: the same)")
+    add("--top-k", type=int, metavar="K", help="keep the k likeliest codes; 0 keeps all (default: 0)")
+    add("--top-p", type=float, metavar="P", help="keep this much probability; 1 keeps all (default: 1)")
+    add("--min-p", type=float, metavar="P", help="keep codes with this share of the likeliest's; 0 keeps all (default)")
+    add("--compile", action="store_const", const=True, help="compile the steps of a gpt; on a GPU, as CUDA graphs")
+
+
+def sampling_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of :func:`add_sampling_flags` that were given, as arguments of ``SampleOptions``."""
+    return {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+
+
+def interval(text: str) -> tuple[float, float]:
+    """Two numbers with a comma between, as a ``type`` for argparse."""
+    try:
+        first, end = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be two numbers such as 0,0.5, got {text!r}") from None
+    return first, end
 
 
 @contextmanager

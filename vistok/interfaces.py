@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from vistok.errors import UserError
 from vistok.rng import SampleRng
@@ -67,10 +68,10 @@ class Condition(ABC):
     @abstractmethod
     def to(self, device: torch.device | str) -> Self: ...
 
-    def dropped(self, drop: Bool[Tensor, " B"]) -> Self:
-        """These rows, null where ``drop``: what a generator that shall be guided is trained on."""
+    def dropped(self, drop: Bool[Tensor, " B"], null: Self | None = None) -> Self:
+        """These rows, ``null`` (None: :meth:`null`) where ``drop``: what one that shall be guided is trained on."""
         rows = torch.arange(len(self), device=drop.device)
-        return self.join(self.null())[torch.where(drop, rows + len(self), rows)]
+        return self.join(self.null() if null is None else null)[torch.where(drop, rows + len(self), rows)]
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,14 @@ class TextCondition(Condition):
         mask: True at the states of the text, ``(B, L)``; what stands elsewhere has no influence.
         null_states: ``(1, L0, C)``, of the empty text "": what unconditional means.
         null_mask: ``(1, L0)``.
+        is_negative: unconditional means another text than the empty one, see :meth:`away_from`.
     """
 
     states: Float[Tensor, "B L C"]
     mask: Bool[Tensor, "B L"]
     null_states: Float[Tensor, "1 L0 C"]
     null_mask: Bool[Tensor, "1 L0"]
+    is_negative: bool = False
 
     def __len__(self) -> int:
         return self.states.shape[0]
@@ -125,29 +128,44 @@ class TextCondition(Condition):
         count = len(self)
         return replace(self, states=self.null_states.expand(count, -1, -1), mask=self.null_mask.expand(count, -1))
 
+    def away_from(self, negative: TextCondition) -> TextCondition:
+        """The same texts with the only one of ``negative``, a negative prompt, in the place of the empty text."""
+        return replace(self, null_states=negative.states, null_mask=negative.mask, is_negative=True)
+
     def join(self, other: TextCondition) -> TextCondition:
         length = max(self.mask.shape[1], other.mask.shape[1])
         parts = [(part, length - part.mask.shape[1]) for part in (self, other)]
         states = torch.cat([F.pad(part.states, (0, 0, 0, missing)) for part, missing in parts])
         return replace(self, states=states, mask=torch.cat([F.pad(part.mask, (0, missing)) for part, missing in parts]))
 
+    @staticmethod
+    def stacked(rows: list[TextCondition]) -> TextCondition:
+        """A batch of conditions of one row each, padded on the right; they have one null."""
+        parts = ([row.states[0] for row in rows], [row.mask[0] for row in rows])
+        states, mask = (pad_sequence(part, batch_first=True) for part in parts)
+        return replace(rows[0], states=states, mask=mask)
+
     def to(self, device: torch.device | str) -> TextCondition:
-        parts = (self.states, self.mask, self.null_states, self.null_mask)
-        return TextCondition(*(part.to(device) for part in parts))
+        parts = ("states", "mask", "null_states", "null_mask")
+        return replace(self, **{part: getattr(self, part).to(device) for part in parts})
 
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """How a generator samples.
+    """How a generator samples. Where something changes on the way, the share of the codes that are known counts.
 
     Args:
         cfg_scale: guidance ``u + cfg_scale * (c - u)``; 1 is the conditional model, 0 the unconditional one.
+        guidance_interval: guide only while the share lies in [a, b) (Kynkaanniemi et al. 2024): the first k of N codes
+            by (0, k / N).
         temperature: divides the logits; 0 takes the most likely code.
+        final_temperature: what the temperature moves to with the share, in a straight line; None leaves it.
         top_k: keep the k most likely codes; 0 keeps all.
         top_p: keep the smallest set of codes whose probability reaches p; 1 keeps all.
+        min_p: keep the codes that are at least p times as likely as the likeliest (Nguyen et al. 2024); 0 keeps all.
         num_tokens: positions to generate, one of ``spec.layout.prefixes``; None generates all.
-        guided_tokens: guide only the first positions; None guides all.
         use_cache: keep keys and values of past positions (off only to check or time the cache).
+        compile: run steps of one shape through ``torch.compile``, as CUDA graphs on a GPU; slow to start.
         extra: options of one kind of generator, see :attr:`Generator.sample_defaults`.
 
     Raises:
@@ -155,27 +173,31 @@ class SampleOptions:
     """
 
     cfg_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     temperature: float = 1.0
+    final_temperature: float | None = None
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     num_tokens: int | None = None
-    guided_tokens: int | None = None
     use_cache: bool = True
+    compile: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature must be at least 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise UserError(f"top_k must be at least 0 (0 keeps all), got {self.top_k}")
+        for name in ("cfg_scale", "temperature", "final_temperature", "top_k"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:  # nor may it be nan
+                raise UserError(f"{name} must be at least 0, got {value}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.cfg_scale < 0:
-            raise UserError(f"cfg_scale must be at least 0, got {self.cfg_scale}")
-
-    def scale_at(self, position: int) -> float:
-        """Guidance scale of a position."""
-        return self.cfg_scale if self.guided_tokens is None or position < self.guided_tokens else 1.0
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p must lie in [0, 1], got {self.min_p}")
+        first, end = self.guidance_interval
+        if not 0 <= first <= end <= 1:
+            raise UserError(f"guidance_interval must be two shares, 0 <= a <= b <= 1, got {first:g} and {end:g}")
+        if self.compile and not self.use_cache:
+            raise UserError("compile needs use_cache: without it every step has another shape")
 
 
 class Autoencoder(nn.Module, ABC):
@@ -334,7 +356,8 @@ class LatentTokenizer(Autoencoder):
 class TextEncoder(nn.Module, ABC):
     """A frozen reader of captions and prompts: no gradients, float32 states under any autocast.
 
-    Laws: the states of a text do not depend on the texts beside it; the empty text has at least one state.
+    Laws: the states of a text do not depend on the texts beside it; the empty text has at least one state; a text that
+    loses words is told of, or refused, by :class:`vistok.text_encoders.lengths.Limit`.
 
     Attributes:
         width: channels C of its states.
@@ -346,6 +369,11 @@ class TextEncoder(nn.Module, ABC):
     def encode(self, texts: list[str]) -> TextCondition:
         """One row for each text, on the encoder's device."""
 
+    @property
+    @abstractmethod
+    def states_hash(self) -> str:
+        """Identity of what :meth:`encode` makes of texts, hex: cached states of another encoder do not fit."""
+
 
 class Generator(nn.Module, ABC):
     """A distribution over the tokens of one :class:`TokenSpec`, given a condition. It never sees pixels.
@@ -354,16 +382,31 @@ class Generator(nn.Module, ABC):
         spec: the tokens.
         num_classes: classes it knows, 0 for none.
         text_width: channels of the text states that it is conditioned on; 0 for a generator of classes.
+        text_positions: most states of a text that it has room for; 0 for any number.
     """
 
     spec: TokenSpec
     num_classes: int
     text_width: int = 0
+    text_positions: int = 0
 
     @property
     def sample_defaults(self) -> dict[str, Any]:
         """Options of :meth:`generate` that only this kind has, with the values they take unless told otherwise."""
         return {}
+
+    steps_are_alike: bool = False
+    """Whether the steps of a generation have one shape, as :attr:`SampleOptions.compile` needs it."""
+
+    @property
+    def train_flops(self) -> float | None:
+        """Floating-point operations of one sample's forward and backward pass; None where nobody counted them.
+
+        By the convention of PaLM (arXiv 2204.02311, appendix B): two for each weight of a matrix product at each
+        position and as many for each pair of positions in an attention, hidden ones included; backward twice that.
+        Embeddings, norms and whatever an activation checkpoint computes once more do not count.
+        """
+        return None
 
     def sample_settings(self, options: SampleOptions) -> dict[str, Any]:
         """:attr:`sample_defaults`, with what ``options.extra`` says in their place.
@@ -371,6 +414,8 @@ class Generator(nn.Module, ABC):
         Raises:
             UserError: for an option that this generator does not have.
         """
+        if options.compile and not self.steps_are_alike:
+            raise UserError(f"compile: the steps of a {type(self).__name__} differ in shape; it runs uncompiled only")
         for name in options.extra:
             if name not in self.sample_defaults:
                 raise UserError(f"this generator has no sampling option {name!r}: {sorted(self.sample_defaults)}")
@@ -386,6 +431,9 @@ class Generator(nn.Module, ABC):
 
         It becomes part of the generator's state and is not trained. Most generators need nothing.
         """
+
+    def at_progress(self, share: float) -> None:
+        """Told before every update which share of the run's updates is done; most generators do not care."""
 
     @abstractmethod
     def loss(self, tokens: Tokens, condition: Condition, rng: torch.Generator) -> LossReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from vistok.checkpoint import write_atomically
 
 _GAP_PX = 2
 _FONT_PX = 14
+_LINE_PX, _LINE_CHARACTERS = 18, 32
 _ROWS, _MOST_ROWS = 10, 100
 
 
@@ -32,7 +34,8 @@ def labelled_grid(
 
     Args:
         images: the cells.
-        rows: one label per row, left of it; empty strings take no room.
+        rows: one label per row, left of it, long ones in as many lines as there is room for; empty strings take no
+            room.
         columns: one label per column, above it; empty strings take no room.
         cell_px: smallest side of a cell; smaller images are enlarged by a whole factor without smoothing, so that
             every pixel stays visible.
@@ -41,7 +44,8 @@ def labelled_grid(
     factor = max(1, -(-cell_px // max(side_y, side_x)))
     height, width = side_y * factor, side_x * factor
     font = ImageFont.load_default(_FONT_PX)
-    left = max((int(font.getlength(label)) + 8 for label in rows if label), default=0)
+    rows = [_wrapped(label, max(1, height // _LINE_PX)) for label in rows]
+    left = max((int(font.getlength(line)) + 8 for label in rows for line in label.splitlines()), default=0)
     top = _FONT_PX + 8 if any(columns) else 0
 
     size = (left + len(columns) * (width + _GAP_PX), top + len(rows) * (height + _GAP_PX))
@@ -57,6 +61,10 @@ def labelled_grid(
             cell = to_pil(images[row, column]).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(cell, (left + column * (width + _GAP_PX), y))
     return canvas
+
+
+def _wrapped(label: str, lines: int) -> str:
+    return "\n".join(wrap(label, _LINE_CHARACTERS, max_lines=lines, placeholder=" ..."))
 
 
 def rows_by_label(
@@ -94,18 +102,20 @@ def to_pil(image: UInt8[Tensor, "3 H W"]) -> Image.Image:
 
 
 def prefix_grid(
-    originals: UInt8[Tensor, "N 3 H W"], decoded: dict[int, UInt8[Tensor, "N 3 H W"]], rows: list[str]
+    originals: UInt8[Tensor, "N 3 H W"] | None, decoded: dict[int, UInt8[Tensor, "N 3 H W"]], rows: list[str]
 ) -> Image.Image:
     """Rows are images (the first 100), columns the original and what was decoded from each number of tokens.
 
     Args:
-        originals: what was encoded.
+        originals: what was encoded; None for samples, which have no such column.
         decoded: the images by the number of tokens they were decoded from.
         rows: one label per image, as in :func:`labelled_grid`.
     """
-    columns = ["original"] + [f"{length} token{'s' * (length > 1)}" for length in decoded]
-    cells = torch.stack([images[:_MOST_ROWS] for images in (originals, *decoded.values())], dim=1)
-    return labelled_grid(cells, rows[:_MOST_ROWS], columns, cell_px=72)
+    columns = {f"{length} token{'s' * (length > 1)}": images for length, images in decoded.items()}
+    if originals is not None:
+        columns = {"original": originals} | columns
+    cells = torch.stack([images[:_MOST_ROWS] for images in columns.values()], dim=1)
+    return labelled_grid(cells, rows[:_MOST_ROWS], list(columns), cell_px=72)
 
 
 def save_png(image: Image.Image, path: Path) -> None:
@@ -123,17 +133,18 @@ def save_npz(path: Path, images: UInt8[Tensor, "N 3 H W"]) -> None:
     write_atomically(path, write)
 
 
-def save_images(folder: Path, images: UInt8[Tensor, "N 3 H W"], labels: list[str]) -> None:
+def save_images(folder: Path, images: UInt8[Tensor, "N 3 H W"], labels: list[str], first: int = 0) -> None:
     """Write ``samples.npz`` (the field's format for FID), ``grid.png``, ``00000.png`` and so on into ``folder``.
 
     Args:
         folder: made if missing.
         images: at least one.
         labels: one for each image; a row of the grid holds images of one label, see :func:`rows_by_label`.
+        first: number of the first image.
     """
     folder = Path(folder)
     # First what took the time to make and what evaluators read.
     save_npz(folder / "samples.npz", images)
     save_png(labelled_grid(*rows_by_label(images, labels)), folder / "grid.png")
-    for index, image in enumerate(images):
+    for index, image in enumerate(images, first):
         save_png(to_pil(image), folder / f"{index:05d}.png")

@@ -7,7 +7,9 @@ the same at every ``batch_size``, its pixels up to the rounding of a float.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,19 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from vistok.checkpoint import load_generator, load_tokenizer, tokenizer_folder
+from vistok.checkpoint import export_info, load_generator, load_tokenizer, tokenizer_folder
 from vistok.config import nearest, parse_overrides
 from vistok.errors import UserError
-from vistok.interfaces import Autoencoder, Condition, Generator, LatentTokenizer, SampleOptions, Tokenizer
+from vistok.interfaces import (
+    Autoencoder,
+    Condition,
+    Generator,
+    LatentTokenizer,
+    SampleOptions,
+    TextCondition,
+    TextEncoder,
+    Tokenizer,
+)
 from vistok.pictures import to_uint8
 from vistok.rng import SampleRng, derive_seed
 from vistok.tokens import Ordered1D, Tokens, TokenSpec, refusal
@@ -29,6 +40,24 @@ Progress = Callable[[int], None]
 
 Code = Tokens | Float[Tensor, "N n C"]
 """What an autoencoder makes of images: tokens, or the latents of a continuous one."""
+
+
+class Prompts:
+    """One text for each sample, encoded when rows are taken: the states of a whole benchmark might not fit into memory.
+
+    Args:
+        encoder: reads the texts.
+        texts: what the samples shall show.
+    """
+
+    def __init__(self, encoder: TextEncoder, texts: list[str]) -> None:
+        self.encoder, self.texts = encoder, texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, rows: slice) -> TextCondition:
+        return self.encoder.encode(self.texts[rows])
 
 
 def load_models(
@@ -47,6 +76,16 @@ def load_models(
     generator = load_generator(checkpoint, device)
     folder = tokenizer_folder(checkpoint, tokenizer)
     return generator, load_tokenizer(folder, device), folder
+
+
+def check_guidance(checkpoint: str | Path, *scales: float) -> None:
+    """Warn of guidance ``scales`` that lead away from what the generator never learned: the null condition."""
+    if any(scale != 1 for scale in scales) and export_info(checkpoint)["args"].get("condition_dropout") == 0:
+        warnings.warn(
+            f"{checkpoint} was trained without condition dropout (condition_dropout: 0): it does not know the null "
+            "condition, and --cfg-scale other than 1 leads away from noise",
+            stacklevel=2,
+        )
 
 
 def prefix_lengths(spec: TokenSpec, wanted: list[int] | None = None) -> list[int]:
@@ -105,12 +144,13 @@ def _read_options(flag: str, defaults: dict[str, Any], pairs: list[str]) -> dict
 def sample_images(
     generator: Generator,
     tokenizer: Tokenizer,
-    condition: Condition,
+    condition: Condition | Prompts,
     options: SampleOptions,
     seed: int,
     batch_size: int,
     decode_options: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    first: int = 0,
 ) -> UInt8[Tensor, "N 3 H W"]:
     """Sample one image for each row of ``condition``.
 
@@ -123,23 +163,45 @@ def sample_images(
         batch_size: samples at a time.
         decode_options: options of the tokenizer's ``decode``.
         progress: see :data:`Progress`.
+        first: number of the first sample among those that ``seed`` names.
 
     Returns:
         Images on the CPU.
     """
-    images = []
-    for first in range(0, len(condition), batch_size):
-        rows = condition[first : first + batch_size]
-        tokens = sample_tokens(generator, rows, options, seed, batch_size, first=first)
-        images.append(decode_images(tokenizer, tokens, seed, batch_size, decode_options, first=first))
+    length = options.num_tokens or generator.spec.num_positions
+    more = (seed, batch_size, decode_options, progress, first)
+    return sample_prefixes(generator, tokenizer, condition, options, [length], *more)[length]
+
+
+def sample_prefixes(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    condition: Condition | Prompts,
+    options: SampleOptions,
+    lengths: list[int],
+    seed: int,
+    batch_size: int,
+    decode_options: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+    first: int = 0,
+) -> dict[int, UInt8[Tensor, "N 3 H W"]]:
+    """Images of each of ``lengths`` (see :func:`prefix_lengths`) first tokens of one code; else :func:`sample_images`.
+
+    A shorter code is a prefix of the longest one, so codes are sampled once.
+    """
+    longest, parts = replace(options, num_tokens=lengths[-1]), []
+    for start in range(0, len(condition), batch_size):
+        rows, place = condition[start : start + batch_size], first + start
+        tokens = sample_tokens(generator, rows, longest, seed, batch_size, first=place)
+        parts.append(decode_prefixes(tokenizer, tokens, lengths, seed, batch_size, decode_options, first=place))
         if progress:
             progress(len(rows))
-    return torch.cat(images)
+    return {length: torch.cat([part[length] for part in parts]) for length in lengths}
 
 
 def sample_tokens(
     generator: Generator,
-    condition: Condition,
+    condition: Condition | Prompts,
     options: SampleOptions,
     seed: int,
     batch_size: int,

@@ -3,6 +3,8 @@
 python -m vistok.published flextok EPFL-VILAB/flextok_d12_d12_in1k --out weights/flextok_d12_d12
 python -m vistok.published vqgan FoundationVision/LlamaGen/vq_ds16_c2i.pt --out weights/vq16
 python -m vistok.published masked tokenbridge_large --tokenizer weights/tokenbridge_kl16 --out weights/tokenbridge_large
+python -m vistok.published gpt t2i_XL_stage1_256.pt --tokenizer weights/vq16_t2i --text-encoder weights/flan-t5-xl \
+    --out weights/llamagen_t2i
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from vistok import cli
-from vistok.checkpoint import export, export_hash, export_info, load_tokenizer
-from vistok.config import Component, available, component_module, to_plain
+from vistok.checkpoint import export, export_hash, export_info, load_tokenizer, seen_from
+from vistok.config import Component, available, component_config, component_module, to_plain
 from vistok.errors import UserError
 from vistok.tokens import TokenSpec
 
@@ -27,6 +29,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="export folder to write")
     parser.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="of a generator: export of the tokenizer whose tokens it models"
+    )
+    parser.add_argument(
+        "--text-encoder",
+        metavar="DIR",
+        help="of a generator conditioned on text: folder or hub repository of what reads it (default: as released)",
     )
     parser.add_argument(
         "--image-size", type=cli.positive_int, metavar="PX", help="of a model for any size (default: as released)"
@@ -49,6 +56,12 @@ def main() -> None:
     if kind == "generator":
         extra |= modelled(args.tokenizer, model.spec, args.out)
         model.adopt(load_tokenizer(args.tokenizer))
+    if kind == "generator" and model.text_width:
+        released, given = module.PUBLISHED_TEXT_ENCODER, {"path": args.text_encoder} if args.text_encoder else {}
+        where = {"path": args.source, **released.args, **given, "max_length": model.text_positions}
+        extra |= read_by(Component(released.name, where), args.out)
+    elif args.text_encoder is not None:
+        raise UserError(f"--text-encoder is for generators conditioned on text, {args.source} is not")
     helpers = model.frozen_helpers if kind == "tokenizer" else None
     scale = f", scaling_factor {component.args['scaling_factor']}" if "scaling_factor" in component.args else ""
     export(args.out, kind, component, model.spec, model.state_dict(), extra, helpers)
@@ -65,6 +78,12 @@ def modelled(tokenizer: Path, spec: TokenSpec, out: Path) -> dict[str, Any]:
     if found != spec:
         raise UserError(f"{tokenizer} makes tokens of {found}, the generator models {spec}")
     return {"tokenizer": os.path.relpath(tokenizer, out), "tokenizer_hash": export_hash(tokenizer)}
+
+
+def read_by(text_encoder: Component, out: Path) -> dict[str, Any]:
+    """What an export in ``out`` says about the text encoder in front of a generator, all its defaults written out."""
+    args = to_plain(component_config("text_encoders", text_encoder))
+    return {"text_encoder": to_plain(seen_from(out, Component(text_encoder.name, args)))}
 
 
 if __name__ == "__main__":

@@ -152,7 +152,11 @@ CASES = [
     # more tokens than there are
     (GEN + " --tokens 9", ["--tokens: 9 is outside 1..8"]),
     (GEN + " --tokens 0", ["--tokens: 0 is outside 1..8"]),
-    (GEN + " --tokens 1,2", ["--tokens", "one number"]),
+    (GEN + " --tokens 1,9", ["--tokens: 9 is outside 1..8"]),
+    (GEN + " --min-p 1.5", ["min_p must lie in [0, 1], got 1.5"]),
+    (GEN + " --guidance-interval 0.5", ["--guidance-interval", "two numbers", "'0.5'"]),
+    (GEN + " --guidance-interval 0.5,0.1", ["guidance_interval", "0 <= a <= b <= 1, got 0.5 and 0.1"]),
+    (TOK + " --min-p 0.1", ["--min-p is for a generator"]),
     (TOK + " --tokens 4,9", ["--tokens: 9 is outside 1..8"]),
     (TOK + " --tokens all", ["--tokens", "'all'"]),
     # a place that cannot be written

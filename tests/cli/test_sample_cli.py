@@ -106,6 +106,28 @@ def test_a_prefix_of_the_tokens(runs, sample, tmp_path):
     assert not np.array_equal(pixels(tmp_path / "2"), pixels(tmp_path / "all"))
 
 
+def test_several_prefixes_of_one_code(runs, sample, tmp_path):
+    words = ("--checkpoint", runs / "generator", "--count", 3, "--cfg-scale", 2)
+    said = sample(*words, "--tokens", "8,2", "--out", tmp_path / "both")
+    assert said == f"3 samples, columns [2, 8]: {tmp_path / 'both' / 'grid.png'}\n"
+    for tokens in (2, 8):
+        sample(*words, "--tokens", tokens, "--out", tmp_path / str(tokens))
+        assert np.array_equal(pixels(tmp_path / "both" / f"tokens_{tokens:03d}"), pixels(tmp_path / str(tokens)))
+    # The grid shows the longest in its last column: 16 px enlarged by 5 = ceil(72 / 16), with 2 px between.
+    with Image.open(tmp_path / "both" / "grid.png") as grid:
+        corner = np.asarray(grid)[-82:-2:5, -82:-2:5]
+    assert np.array_equal(corner, pixels(tmp_path / "8")[2])
+
+
+def test_one_image_of_a_set_again(runs, sample, tmp_path):
+    words = ("--checkpoint", runs / "generator", "--cfg-scale", 2)
+    sample(*words, "--count", 6, "--out", tmp_path / "all")
+    sample(*words, "--first", 4, "--count", 1, "--out", tmp_path / "one")
+    assert sorted(path.name for path in (tmp_path / "one").glob("0*.png")) == ["00004.png"]
+    again, all_ = (np.asarray(Image.open(tmp_path / name / "00004.png")) for name in ("one", "all"))
+    assert np.array_equal(again, all_)
+
+
 def test_a_generator_without_classes(runs, sample, run_script, tmp_path):
     export_tokenizer(tmp_path / "tokenizer")
     words = ("--checkpoint", export_generator(tmp_path / "free", tmp_path / "tokenizer", [], num_classes=0))

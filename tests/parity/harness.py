@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 CASES = Path(os.environ.get("VISTOK_PARITY_CASES") or Path(__file__).parent / "cases")
 RUNNERS = {}
+INPUT_KINDS = {}
 
 
 def runner(component):
@@ -26,6 +27,16 @@ def runner(component):
 
     def register(function):
         RUNNERS[component] = function
+        return function
+
+    return register
+
+
+def input_kind(name):
+    """Decorator: what it decorates makes the inputs of this kind from their description."""
+
+    def register(function):
+        INPUT_KINDS[name] = function
         return function
 
     return register
@@ -119,6 +130,8 @@ class Case:
         if "value" in description:
             return description["value"]
         kind = description["kind"]
+        if kind in INPUT_KINDS:
+            return INPUT_KINDS[kind](description)
         if kind == "values":
             return torch.tensor(description["values"])
         if kind in ("image", "image_batch"):

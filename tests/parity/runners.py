@@ -1,6 +1,9 @@
 """What we compute for each component of the parity cases: ``RUNNERS[component](case) -> {output name: tensor}``."""
 
+import runners_hiprune  # noqa: F401
+import runners_merging  # noqa: F401
 import runners_quantizers  # noqa: F401
+import runners_semantic_binding  # noqa: F401
 import runners_tokenflow  # noqa: F401
 import runners_tokenflow_t2i  # noqa: F401
 import runners_uniflow  # noqa: F401
@@ -17,8 +20,9 @@ from vistok.flow.time import logit_normal_time, mode_time
 from vistok.generators import gpt, gpt_published, masked, masked_published
 from vistok.generators.dimensionwise_head import Config as HeadConfig
 from vistok.generators.dimensionwise_head import DimensionwiseHead
+from vistok.generators.losses import cross_entropy
 from vistok.generators.sampling import Picker, filter_logits
-from vistok.interfaces import NULL_CLASS, ClassCondition, SampleOptions
+from vistok.interfaces import NULL_CLASS, ClassCondition, SampleOptions, TextCondition
 from vistok.nn.patch import sincos_2d
 from vistok.quantizers import dimensionwise
 from vistok.quantizers.dimensionwise import DimensionwiseQuantizer
@@ -274,20 +278,26 @@ def kl_autoencoder(case):
 # ---------------------------------------------------------------------- LlamaGen
 
 
-def class_conditional_gpt(case):
+def published_gpt(case, **condition):
+    """The generator of a case."""
     sizes = case.config
     spec = TokenSpec(Grid2D(sizes["grid"], sizes["grid"]), (sizes["vocabulary"],), 8, 16 * sizes["grid"])
     config = gpt.Config(
         width=sizes["width"],
         depth=sizes["layers"],
         heads=sizes["heads"],
-        num_classes=sizes["classes"],
         mlp_multiple=sizes["multiple_of"],
         rope_base=sizes["rope_base"],
         zero_prefix_rotation=True,
+        **condition,
     )
     model = gpt.build(config, spec).eval()
     load_strictly(model, gpt_published.PUBLISHED_KEYS.to_ours(case.weights()), case.name)
+    return model
+
+
+def class_conditional_gpt(case):
+    sizes, model = case.config, published_gpt(case, num_classes=case.config["classes"])
     ids, labels = case.inputs["ids"][:, :, None], case.inputs["labels"]
     forced = labels.clone()
     forced[-1] = NULL_CLASS
@@ -298,8 +308,8 @@ def class_conditional_gpt(case):
     for name, greedy in sizes["greedy"].items():
         interval = greedy.get("cfg_interval", -1)
         # Step 0 of the published loop makes token 1, and token 0 is always guided.
-        guided = None if interval < 0 else interval + 2
-        options = SampleOptions(max(greedy["cfg"], 1.0), guided_tokens=guided, temperature=0)
+        guided = 1.0 if interval < 0 else (interval + 2) / model.spec.num_positions
+        options = SampleOptions(max(greedy["cfg"], 1.0), guidance_interval=(0, guided), temperature=0)
         length = case.json["outputs"][f"greedy_{name}"]["shape"][1]
         rng = SampleRng.from_seed(0, len(labels))
         outputs[f"greedy_{name}"] = generate_prefix(model, ClassCondition(labels), options, rng, length)
@@ -331,6 +341,33 @@ def generate_prefix(model, condition, options, rng, length):
     finally:
         del model.adapter.sample
     return torch.cat(drawn, dim=1)[:, :, 0]
+
+
+@runner("text-conditional GPT, small")
+@torch.no_grad()
+def text_conditional_gpt(case):
+    sizes, inputs = case.config, case.inputs
+    model = published_gpt(
+        case,
+        condition="text_prefix",
+        text_width=sizes["caption_dim"],
+        text_positions=sizes["condition_tokens"],
+        own_null=True,
+    )
+    if sizes["padding_side"] == "right":
+        # The published model takes a text where it is given, ours puts it on the right.
+        model.condition.align = lambda states, mask: (states, mask)
+    ids, mask = inputs["ids"][:, :, None], inputs["mask"].bool()
+    # Nothing of an empty text is looked at: this null is the model's own.
+    condition = TextCondition(inputs["features"] * mask[..., None], mask, torch.zeros(1, 1, 1), torch.zeros(1, 1) > 0)
+    logits = model.logits(ids, condition)
+    valid = torch.arange(len(ids)) < len(ids) - 1
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, :, 0], reduction="none")
+    outputs = {"logits": logits, "logsumexp": logits.logsumexp(-1), "loss_valid": losses[valid].mean()[None]}
+    for name, greedy in sizes["greedy"].items():
+        options = SampleOptions(greedy["cfg"], temperature=0)
+        outputs[f"greedy_{name}"] = model.generate(condition, options, SampleRng.from_seed(0, len(ids))).ids[:, :, 0]
+    return outputs
 
 
 RUNNERS["class-conditional GPT, small"] = class_conditional_gpt
@@ -457,7 +494,7 @@ def dimensionwise_head(case):
 
     z, tokens = inputs["z"].requires_grad_(), inputs["tokens"].long()
     logits = head.logits(z[:, None], tokens[:, None])[:, 0]
-    loss = head.loss(z[:, None], tokens[:, None]).mean()
+    loss = cross_entropy(head.logits(z[:, None], tokens[:, None]), tokens[:, None]).mean()
     (gradient,) = torch.autograd.grad(loss, z)
     outputs = {"train_logits": logits, "loss": loss[None], "loss_grad_z": gradient}
     features = {"": (z, 1.0)}

@@ -117,7 +117,6 @@ TINY_ARGS = {
             "depth": 2,
             "heads": 2,
             "mlp_hidden": 32,
-            "text_positions": 7,
             "opening": 2,
             "closing": [0, 0],
             "text_vocabulary": 1,
@@ -131,10 +130,14 @@ VARIANTS = {
         "start": {"condition": "class_start", "positions": "learned"},
         "text": {"condition": "text_cross", "positions": "learned"},
         "rotary_text": {"condition": "text_cross"},
+        "prefix": {"condition": "text_prefix", "text_positions": 7},
+        "any_order": {"order": "random"},
+        "any_order_prefix": {"order": "random", "positions": "learned", "condition": "text_prefix"},
     },
     "next_scale": {
         "start": {"condition": "class_start", "rotary": True, "guidance_schedule": "constant"},
         "text": {"condition": "text_cross", "mode": "cascade", "phi": 0, "norm_after": True},
+        "prefix": {"condition": "text_prefix", "text_positions": 7, "rotary": True},
     },
 }
 """Arguments of a model that give it other parts, under names; the contracts hold for each."""

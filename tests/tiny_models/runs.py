@@ -16,6 +16,8 @@ from vistok.training.run_config import RunConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 
+TIMES = ("images_per_s", "tokens_per_s", "mfu", "data_wait")
+
 
 def tiny_yaml(folder: Path) -> Path:
     """A config file: 8 updates of the tiny tokenizer, output in ``folder/run``."""
@@ -46,9 +48,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 def rows(folder: Path) -> list[dict[str, str]]:
     """``metrics.csv`` without the columns that measure time."""
     with open(folder / "metrics.csv", newline="") as file:
-        return [
-            {k: v for k, v in row.items() if k[6:] not in ("images_per_s", "tokens_per_s", "mfu", "data_wait")} for row in csv.DictReader(file)
-        ]
+        return [{k: v for k, v in row.items() if k[6:] not in TIMES} for row in csv.DictReader(file)]
 
 
 def assert_same(a: Any, b: Any, where: str = "state") -> None:

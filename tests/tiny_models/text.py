@@ -1,4 +1,7 @@
-"""A T5 of a few thousand weights in a folder, as its authors would lay it out, and conditions for any generator."""
+"""A T5 and a CLIP of a few thousand weights in folders, as their authors would lay them out.
+
+And conditions for any generator.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,29 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from vistok.interfaces import NULL_CLASS, ClassCondition, Condition, Generator, TextCondition
 
 WIDTH = 16
+CLIP_SIZES = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 77,
+}
 WORDS = ["<pad>", "</s>", "<unk>", "a", "handwritten", "small", "large", "red", "blue", "circle", "square", "of"]
 
 
-def save_t5(folder: Path, width: int = WIDTH) -> Path:
+def save_t5(folder: Path, width: int = WIDTH, seed: int = 0) -> Path:
     """A whole T5, decoder included, that knows :data:`WORDS` and the digits."""
     words = [*WORDS, *map(str, range(10))]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
@@ -23,9 +40,24 @@ def save_t5(folder: Path, width: int = WIDTH) -> Path:
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     sizes = {"d_model": width, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = T5ForConditionalGeneration(T5Config(vocab_size=len(words), feed_forward_proj="gated-gelu", **sizes))
     model.save_pretrained(folder)
+    return folder
+
+
+def clip_config() -> CLIPTextConfig:
+    """Of a text tower with a token for every byte, within a word and at its end."""
+    return CLIPTextConfig(**CLIP_SIZES, vocab_size=514, bos_token_id=512, eos_token_id=513)
+
+
+def save_clip(folder: Path, seed: int = 0) -> Path:
+    """The text tower of a CLIP that reads bytes."""
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]
+    CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[]).save_pretrained(folder)
+    torch.manual_seed(seed)
+    CLIPTextModel(clip_config()).save_pretrained(folder)
     return folder
 
 

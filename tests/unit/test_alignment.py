@@ -16,7 +16,8 @@ from vistok.errors import UserError
 from vistok.losses.alignment import alignment_loss
 from vistok.nn.vision_teacher import load_teacher
 from vistok.training.ema import trainable
-from vistok.training.run import load_config, train
+from vistok.training.run import train
+from vistok.training.run_config import load_config
 
 NAME = "vit_tiny_patch16_224"
 SIZES = {"img_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}

@@ -7,7 +7,8 @@ import torch
 from tiny_models.models import randomized
 from vistok.errors import UserError
 from vistok.flow.guidance import guide
-from vistok.generators import dimensionwise_head, gpt
+from vistok.generators import dimensionwise_head, gpt, sampling
+from vistok.generators.losses import cross_entropy
 from vistok.generators.sampling import Picker
 from vistok.interfaces import ClassCondition, SampleOptions
 from vistok.rng import SampleRng
@@ -58,7 +59,7 @@ def test_a_code_changes_only_later_slots_and_positions(model):
 def test_one_pass_sees_the_likelihood_that_sampling_draws_from(model, monkeypatch):
     ids, condition = random_ids(), ClassCondition(torch.arange(3))
     picker = forced(ids)
-    monkeypatch.setattr(gpt, "Picker", picker)
+    monkeypatch.setattr(sampling, "Picker", picker)
     sampled = model.generate(condition, SampleOptions(), SampleRng.from_seed(0, 3))
     assert torch.equal(sampled.ids, ids)
     likelihood = torch.stack(picker.seen, dim=1).log_softmax(-1).gather(-1, ids.flatten(1)[..., None])
@@ -101,7 +102,7 @@ def test_guidance_of_scale_one_is_none(model, place):
     # With no guided token both branches still run, at scale 1.
     both, one = (
         model.generate(condition, options, SampleRng.from_seed(0, 4)).ids
-        for options in (SampleOptions(cfg_scale=3.0, guided_tokens=0), SampleOptions())
+        for options in (SampleOptions(cfg_scale=3.0, guidance_interval=(0, 0)), SampleOptions())
     )
     assert torch.equal(both, one)
 
@@ -132,7 +133,8 @@ def test_only_a_head_that_sees_the_codes_before_learns_how_slots_depend(parallel
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
     rng = torch.Generator().manual_seed(0)
     for _ in range(80):
-        loss = head.loss(torch.ones(256, 1, 1), chain(256, rng)[:, None]).mean((0, 1))
+        ids = chain(256, rng)[:, None]
+        loss = cross_entropy(head.logits(torch.ones(256, 1, 1), ids), ids).mean((0, 1))
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()

@@ -252,7 +252,8 @@ def test_a_shorter_sample_is_a_prefix_of_a_longer_one():
     condition = ClassCondition(balanced_classes(6, 10))
 
     def sample(**options):
-        options = SampleOptions(cfg_scale=2.0, guided_tokens=3, top_p=0.9, **options)
+        ways = {"guidance_interval": (0, 3 / 8), "final_temperature": 0.5, "top_p": 0.9}
+        options = SampleOptions(cfg_scale=2.0, **ways, **options)
         return sample_tokens(generator, condition, options, seed=5, batch_size=4)
 
     whole = sample()

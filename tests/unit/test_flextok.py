@@ -259,16 +259,6 @@ def test_merged_registers_give_the_velocity_of_all(model, images):
     assert model.decoder.merge(condition, torch.full((4,), 8))[1] is None
 
 
-def test_recomputed_blocks_give_the_same_gradients(model, images):
-    def gradients(recompute):
-        model.encoder.recompute = model.decoder.recompute = recompute
-        model.zero_grad()
-        model.training_loss(images, rng()).total.backward()
-        return [parameter.grad for parameter in model.parameters()]
-
-    assert all(map(torch.equal, gradients(False), gradients(True)))
-
-
 @pytest.mark.parametrize(
     ("count", "keep", "words"),
     [

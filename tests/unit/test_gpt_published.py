@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tiny_models.models import randomized
-from vistok.checkpoint import export, export_info, load_generator
+from tiny_models.text import save_t5
+from vistok.checkpoint import export, export_info, load_generator, load_text_encoder
 from vistok.config import Component
 from vistok.config import build as build_component
 from vistok.errors import UserError
@@ -15,18 +16,22 @@ from vistok.published import main as published_command
 from vistok.rng import SampleRng
 from vistok.tokens import Grid2D, TokenSpec
 
-SIZES = {  # width, depth, hidden channels, parameters (fact sheet, section 1.2)
-    "B": (768, 12, 2048, 110_888_448),
-    "L": (1024, 24, 2816, 342_910_976),
-    "XL": (1280, 36, 3584, 774_699_520),
-    "XXL": (1536, 48, 4096, 1_410_972_672),
-    "3B": (3200, 24, 8704, 3_096_659_200),
-}
+
+def of_classes(width):
+    return {"cls_embedding.embedding_table.weight": (1001, width)}
 
 
-def published_shapes(width, depth, hidden, vocab_size=16384, classes=1000):
+def of_texts(width):
+    return {
+        "cls_embedding.uncond_embedding": (120, 2048),
+        "cls_embedding.cap_proj.fc1.weight": (width, 2048),
+        "cls_embedding.cap_proj.fc2.weight": (width, width),
+    }
+
+
+def published_shapes(width, depth, hidden, condition, vocab_size=16384):
     shapes = {
-        "cls_embedding.embedding_table.weight": (classes + 1, width),
+        **condition(width),
         "tok_embeddings.weight": (vocab_size, width),
         "output.weight": (vocab_size, width),
         "norm.weight": (width,),
@@ -39,20 +44,38 @@ def published_shapes(width, depth, hidden, vocab_size=16384, classes=1000):
     return shapes
 
 
+SIZES = {  # condition, width, depth, hidden channels, parameters (fact sheet, section 1.2)
+    "c2i B": (of_classes, 768, 12, 2048, 110_888_448),
+    "c2i L": (of_classes, 1024, 24, 2816, 342_910_976),
+    "c2i XL": (of_classes, 1280, 36, 3584, 774_699_520),
+    "c2i XXL": (of_classes, 1536, 48, 4096, 1_410_972_672),
+    "c2i 3B": (of_classes, 3200, 24, 8704, 3_096_659_200),
+    "t2i XL": (of_texts, 1280, 36, 3584, 777_678_080),
+}
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_every_released_size_loads_and_comes_back(size):
-    width, depth, hidden, parameters = SIZES[size]
-    shapes = published_shapes(width, depth, hidden)
+    condition, width, depth, hidden, parameters = SIZES[size]
+    shapes = published_shapes(width, depth, hidden, condition)
     with torch.device("meta"):
         model = from_state({key: torch.empty(shape) for key, shape in shapes.items()}, 384, size)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert model.spec == TokenSpec(Grid2D(24, 24), (16384,), 8, 384)
-    assert model.config.zero_prefix_rotation and model.num_classes == 1000
+    read = (model.num_classes, model.text_width, model.text_positions)
+    assert model.config.zero_prefix_rotation and read == ((1000, 0, 0) if condition is of_classes else (0, 2048, 120))
     back = PUBLISHED_KEYS.to_published(model.state_dict())
     assert {key: tuple(value.shape) for key, value in back.items()} == shapes
 
 
 SPEC = TokenSpec(Grid2D(2, 2), (11,), 8, 32)
+
+
+def export_vq16(folder):
+    sizes = {"image_size": 32, "width": 4, "multipliers": [1] * 5, "blocks": 1, "groups": 2, "z_channels": 4}
+    component = Component("vqgan", {**sizes, "vocab_size": 11})
+    export(folder, "tokenizer", component, SPEC, build_component("tokenizers", component).state_dict())
+    return folder
 
 
 @pytest.fixture
@@ -66,10 +89,7 @@ def release(tmp_path):
 
 def test_a_released_file_becomes_a_generator_beside_its_tokenizer(release, tmp_path, monkeypatch):
     path, model, _ = release
-    tokenizer = tmp_path / "vq16"
-    sizes = {"image_size": 32, "width": 4, "multipliers": [1] * 5, "blocks": 1, "groups": 2, "z_channels": 4}
-    component = Component("vqgan", {**sizes, "vocab_size": 11})
-    export(tokenizer, "tokenizer", component, SPEC, build_component("tokenizers", component).state_dict())
+    tokenizer = export_vq16(tmp_path / "vq16")
     words = ["gpt", str(path), "--tokenizer", str(tokenizer), "--image-size", "32", "--out", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", ["published", *words])
     published_command()
@@ -80,17 +100,58 @@ def test_a_released_file_becomes_a_generator_beside_its_tokenizer(release, tmp_p
     assert torch.equal(drawn, wanted)
 
 
+@pytest.mark.parametrize("container", [None, "module", "state_dict"])
+def test_a_text_to_image_file_becomes_a_generator_beside_what_reads_its_prompts(container, tmp_path, monkeypatch):
+    sizes = {"condition": "text_prefix", "text_width": 16, "text_positions": 6, "own_null": True}
+    model = randomized(build(Config(depth=1, zero_prefix_rotation=True, **sizes), SPEC))
+    state = PUBLISHED_KEYS.to_published(model.state_dict())
+    path = tmp_path / "t2i_XL_stage1_256.pt"
+    torch.save({container: state} if container else state, path)
+    tokenizer, t5 = export_vq16(tmp_path / "vq16"), save_t5(tmp_path / "t5")
+    words = [str(path), "--tokenizer", str(tokenizer), "--text-encoder", str(t5), "--image-size", "32"]
+    monkeypatch.setattr("sys.argv", ["published", "gpt", *words, "--out", str(tmp_path / "out")])
+    published_command()
+    assert export_info(tmp_path / "out")["text_encoder"]["args"]["path"] == "./../t5"
+    encoder, loaded = load_text_encoder(tmp_path / "out"), load_generator(tmp_path / "out")
+    texts = encoder.encode(["a small red circle of 3 4 5", "blue"])
+    assert texts.mask.sum(dim=1).tolist() == [6, 2]  # cut to what the generator has room for
+    options = SampleOptions(cfg_scale=3.0)
+    drawn, wanted = (each.generate(texts, options, SampleRng.from_seed(0, 2)).ids for each in (loaded, model))
+    assert torch.equal(drawn, wanted)
+
+
+def test_texts_are_read_by_the_t5_of_the_release_unless_told_otherwise(release, tmp_path, monkeypatch):
+    path, _, _ = release
+    model = build(Config(depth=1, condition="text_prefix", own_null=True, zero_prefix_rotation=True), SPEC)
+    torch.save(PUBLISHED_KEYS.to_published(model.state_dict()), tmp_path / "t2i_XL_stage2_512.pt")
+    assert GPT.from_published(str(tmp_path / "t2i_XL_stage2_512.pt")).spec.layout == Grid2D(32, 32)
+    tokenizer = str(export_vq16(tmp_path / "vq16"))
+
+    def convert(source, out, *words):
+        words = (str(source), "--tokenizer", tokenizer, "--image-size", "32", "--out", str(out), *words)
+        monkeypatch.setattr("sys.argv", ["published", "gpt", *words])
+        published_command()
+
+    convert(tmp_path / "t2i_XL_stage2_512.pt", tmp_path / "t2i")
+    recorded = {"path": "google/flan-t5-xl", "max_length": 120}
+    said = export_info(tmp_path / "t2i")["text_encoder"]
+    assert said["name"] == "t5" and recorded.items() <= said["args"].items()
+    with pytest.raises(UserError, match="--text-encoder is for generators conditioned on text"):
+        convert(path, tmp_path / "c2i", "--text-encoder", "t5")
+    assert not (tmp_path / "c2i").exists()
+
+
 def test_the_name_of_a_file_tells_its_images(release):
     assert GPT.from_published(str(release[0])).spec.image_size_px == 256
     other = release[0].rename(release[0].with_name("weights.pt"))
-    with pytest.raises(UserError, match="give --image-size 256 or 384"):
+    with pytest.raises(UserError, match="give --image-size 256, 384 or 512"):
         GPT.from_published(str(other))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cls_embedding.cap_proj.fc1.weight": torch.zeros(2, 2)}, "text-conditional"),
+        ({"cls_embedding.cap_proj.fc1.weight": torch.zeros(2, 2)}, "condition.null_states is missing"),
         ({"extra.weight": torch.zeros(1)}, r"extra\.weight"),
         ({"norm.weight": None}, "norm.weight"),
         ({"tok_embeddings.weight": torch.zeros(11, 640)}, "width 640 is none of the released"),

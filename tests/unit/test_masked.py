@@ -12,6 +12,7 @@ from vistok.config import Component
 from vistok.errors import UserError
 from vistok.generators import masked_published
 from vistok.generators.dimensionwise_head import Config as HeadConfig
+from vistok.generators.losses import cross_entropy
 from vistok.generators.masked import Config, Masked, build, hidden_after
 from vistok.generators.masked_published import FILE, PUBLISHED_KEYS
 from vistok.interfaces import ClassCondition, SampleOptions
@@ -57,7 +58,8 @@ def test_only_hidden_positions_are_in_the_loss(model):
     tokens, order, condition = random_tokens(), random_order(), ClassCondition(torch.arange(3))
     report = model.loss_in_order(tokens, condition, order, 7)
     hidden, visible = order[:, :7].sort(dim=1).values, order[:, 7:].sort(dim=1).values
-    per_code = model.adapter.loss(model.features(tokens.ids, visible, condition), tokens.ids)
+    logits = model.adapter.logits(model.features(tokens.ids, visible, condition), tokens.ids)
+    per_code = cross_entropy(logits, tokens.ids)
     is_hidden = torch.zeros(3, 12, dtype=torch.bool).scatter(1, hidden, True)
     torch.testing.assert_close(report.total, per_code[is_hidden].mean())
     assert report.stats["hidden_share"].item() == pytest.approx(7 / 12)

@@ -15,7 +15,8 @@ from vistok.interfaces import ClassCondition, SampleOptions
 from vistok.rng import SampleRng, seeded_generator
 from vistok.tokenizers import vqgan
 from vistok.tokens import Grid2D, MultiScale, Tokens, TokenSpec
-from vistok.training.run import load_config, train
+from vistok.training.run import train
+from vistok.training.run_config import load_config
 
 SPEC = TokenSpec(MultiScale(((1, 1), (2, 2), (2, 3), (4, 4))), (13,), 3, 16)
 ENDS = (1, 5, 11, 27)

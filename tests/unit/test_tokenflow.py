@@ -13,7 +13,8 @@ from vistok.config import Component, build, to_yaml
 from vistok.errors import UserError
 from vistok.losses.distillation import distillation_loss
 from vistok.nn.vision_teacher import load_teacher, make_tower
-from vistok.training.run import load_config, train
+from vistok.training.run import train
+from vistok.training.run_config import load_config
 
 TINY = TINY_ARGS["tokenizers"]["tokenflow"]
 NAME, SIZES = TINY["encoder"], {**TINY["encoder_args"], "img_size": 16}

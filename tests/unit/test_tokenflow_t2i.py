@@ -8,19 +8,23 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tiny_models.models import make_generator
+from tiny_models.args import TINY_ARGS
+from tiny_models.models import component_of, make_generator, make_tokenizer
 from tiny_models.text import save_t5
+from vistok.checkpoint import export, load_generator, load_text_encoder
 from vistok.config import Component, build
 from vistok.errors import UserError
 from vistok.generators import tokenflow_t2i
 from vistok.generators.conditions import TextPrefix
 from vistok.interfaces import SampleOptions, TextCondition
+from vistok.published import main as published_command
 from vistok.rng import SampleRng
 from vistok.tokens import MultiScale, TokenSpec
 
 SPEC = TokenSpec(MultiScale(((1, 1), (2, 2), (3, 3))), (13,), 3, 16)
 WORDS = ["<s>", "</s>", "<unk>", "[PAD]", "a", "red", "circle", "<", "</", "img", ">"]
 CODES = 24
+TOWER = TINY_ARGS["tokenizers"]["tokenflow"]["encoder_args"]
 
 
 def texts(*lengths, width=16):
@@ -31,7 +35,7 @@ def texts(*lengths, width=16):
 
 def test_a_text_stands_right_before_the_start():
     prefix, condition = TextPrefix(16, length=5, start=2), texts(3, 1)
-    inputs, there = prefix(condition)
+    inputs, there, _ = prefix(condition)
     assert there.tolist() == [[False, False] + [True] * 5, [False] * 4 + [True] * 3]
     assert torch.equal(inputs[0, 2:5], condition.states[0]) and torch.equal(inputs[1, 4], condition.states[1, 0])
     assert torch.equal(inputs[:, 5:], prefix.start.weight.expand(2, -1, -1))
@@ -127,7 +131,21 @@ def test_its_captions_are_its_own_word_vectors(release):
     condition = encoder.encode(["a red circle", ""])
     assert torch.equal(condition.states[0], table[[0, 4, 5]]) and torch.equal(condition.states[1, 0], table[0])
     assert condition.mask.tolist() == [[True] * 3, [True, False, False]]
-    assert torch.equal(condition.null().states[0], table[:1]) and not encoder.table.weight.requires_grad
+    assert torch.equal(condition.null().states[0], table[:1]) and not encoder.model.weight.requires_grad
+
+
+def test_the_command_exports_it_with_its_words(release, tmp_path_factory, monkeypatch):
+    folder, _, _ = release
+    sizes = {"image_size": 48, "scales": [1, 2, 3], "semantic_dim": 32, "pixel_dim": 8, "multipliers": [1] * 5}
+    tokenizer = make_tokenizer("tokenflow", **sizes, encoder_args={**TOWER, "patch_size": 16})
+    out = tmp_path_factory.mktemp("exports")
+    export(out / "tokenizer", "tokenizer", component_of(tokenizer), tokenizer.spec, tokenizer.state_dict())
+    words = [str(folder), "--tokenizer", str(out / "tokenizer"), "--out", str(out / "t2i")]
+    monkeypatch.setattr("sys.argv", ["published", "tokenflow_t2i", *words])
+    published_command()
+    condition = load_text_encoder(out / "t2i").encode(["a red circle"])
+    tokens = load_generator(out / "t2i").generate(condition, SampleOptions(cfg_scale=2.0), SampleRng.from_seed(0, 1))
+    assert tokens.spec == tokenizer.spec
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ class EvalProtocol:
     """The conditions of one evaluation, as plain JSON values.
 
     Args:
-        task: "reconstruction", "generation" or "probe".
+        task: "reconstruction", "generation", "geneval" or "probe".
         data: the dataset's own ``description``: which images, how cropped, resized and filtered.
         split: of the images reconstructed ("all" if none were held out), or held out when copies are counted.
         count: images reconstructed or sampled.
@@ -32,7 +32,7 @@ class EvalProtocol:
         weights: "ema" or "raw", for each component that took part.
         settings: decode options, and sampling options or prefix lengths; of a probe, options of the features.
         seed: names the decoder's and the generator's noise.
-        features: ``{"name", "sha256"}`` of the feature network; empty without one.
+        features: ``{"name", "sha256"}`` of the feature network, or of GenEval's detector; empty without one.
         reference: what distribution metrics compare with, or a probe was fitted to: ``{"images", "count", ...}``.
         definitions: which variant of each metric was computed.
         models: export hashes of the components that were measured. Not in the fingerprint: two models under one

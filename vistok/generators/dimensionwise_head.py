@@ -25,7 +25,7 @@ from vistok.generators.sampling import Picker
 from vistok.nn.attention import KVCache
 from vistok.nn.modulation import AdaLN, modulate
 from vistok.nn.rope import coordinates
-from vistok.nn.transformer import MLP, Block
+from vistok.nn.transformer import MLP, Block, attention_flops, matrix_flops
 from vistok.quantizers.dimensionwise import published_levels
 from vistok.tokens import TokenSpec
 
@@ -138,6 +138,13 @@ class DimensionwiseHead(nn.Module):
         for size in spec.vocab_sizes:
             published_levels(size)
 
+    @property
+    def train_flops(self) -> int:
+        """Of a sample, see :attr:`Generator.train_flops`."""
+        slots, inner = len(self.vocab_sizes), self.config
+        blocks = matrix_flops(slots, self.blocks, self.modulation) + attention_flops(slots, inner.width, inner.depth)
+        return self.num_positions * (blocks + matrix_flops(1, self.embedding, self.condition, self.head))
+
     def arrange(self, ids: Int[Tensor, "B N S"]) -> Int[Tensor, "B N S"]:
         """Codes in the order of the layout, which is that of the backbone."""
         return ids
@@ -162,11 +169,6 @@ class DimensionwiseHead(nn.Module):
         outputs = self._run(torch.cat(inputs, dim=1), condition)
         logits = [self._predict(outputs[:, slot], slot) for slot in range(len(self.vocab_sizes))]
         return torch.stack(logits, dim=1).unflatten(0, ids.shape[:2])
-
-    def loss(self, hidden: Float[Tensor, "B n D"], ids: Int[Tensor, "B n S"]) -> Float[Tensor, "B n S"]:
-        """Cross-entropy of each code, nats, float32."""
-        logits = self.logits(hidden, ids).float()
-        return F.cross_entropy(logits.movedim(-1, 1), ids, reduction="none")
 
     def sample(self, hidden: Float[Tensor, "B2 D"], uniform: Float[Tensor, "B 1 S"], pick: Picker) -> Tensor:
         """Codes ``(B, 1, S)`` of one position."""

@@ -24,12 +24,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vistok.errors import UserError
-from vistok.generators.conditions import ClassPrefix, drop_some
+from vistok.generators.conditions import ClassPrefix
 from vistok.generators.dimensionwise_head import Config as HeadConfig
 from vistok.generators.dimensionwise_head import DimensionwiseHead
 from vistok.generators.gpt import Adapter, make_adapter
-from vistok.generators.sampling import Picker, Schedule, num_positions, scheduled
+from vistok.generators.losses import cross_entropy
+from vistok.generators.sampling import Sampler, Schedule, num_positions
 from vistok.interfaces import Condition, Generator, LossReport, SampleOptions
+from vistok.nn.packed import packed_linears
 from vistok.nn.transformer import MLP, Block
 from vistok.rng import SampleRng
 from vistok.tokens import Grid2D, Tokens, TokenSpec
@@ -160,7 +162,7 @@ class Masked(Generator):
             condition: one row for each sample.
         """
         buffer = self.config.buffer
-        start, _ = self.condition(condition)
+        start, *_ = self.condition(condition)
         inputs = inputs + self.encoder_positions[buffer + visible]
         x = self.input_norm(torch.cat([start + self.encoder_positions[:buffer], inputs], dim=1))
         for block in self.encoder:
@@ -189,7 +191,7 @@ class Masked(Generator):
     def loss(self, tokens: Tokens, condition: Condition, rng: torch.Generator) -> LossReport:
         """Mean cross-entropy of the hidden positions, nats per code; one hidden share for the whole batch."""
         if self.training:
-            condition = drop_some(condition, self.config.condition_dropout, rng)
+            condition = self.condition.drop_some(condition, self.config.condition_dropout, rng)
         batch, positions, _ = tokens.ids.shape
         order = torch.rand(batch, positions, generator=rng, device=rng.device).argsort(dim=1)
         return self.loss_in_order(tokens, condition, order.to(tokens.ids.device), self.num_hidden(rng))
@@ -208,8 +210,8 @@ class Masked(Generator):
     ) -> LossReport:
         """The loss with the first ``num_hidden`` positions of each ``order`` hidden."""
         hidden, visible = (part.sort(dim=1).values for part in order.tensor_split([num_hidden], dim=1))
-        features = self.features(tokens.ids, visible, condition)
-        loss = self.adapter.loss(_take(features, hidden), _take(tokens.ids, hidden)).mean()
+        features, ids = _take(self.features(tokens.ids, visible, condition), hidden), _take(tokens.ids, hidden)
+        loss = cross_entropy(self.adapter.logits(features, ids), ids).mean()
         share = loss.new_tensor(num_hidden / self.spec.num_positions)
         return LossReport(loss, {"cross_entropy": loss}, {"hidden_share": share}, tokens=tokens)
 
@@ -232,7 +234,8 @@ class Masked(Generator):
         device, total = self.mask_token.device, num_positions(self.spec, options.num_tokens)
         order = rng.uniform(total).argsort(dim=1, stable=True).to(device)
         uniform = rng.uniform(total, self.spec.num_slots).to(device)
-        return self.fill(condition.to(device), options, order, uniform, progress)
+        with packed_linears(self):
+            return self.fill(condition.to(device), options, order, uniform, progress)
 
     def fill(
         self,
@@ -243,21 +246,20 @@ class Masked(Generator):
         progress: Callable[[int], None] | None = None,
     ) -> Tokens:
         """Predict the positions of ``order``, the last ones first, with the draw that belongs to each code."""
-        both = condition if options.cfg_scale == 1 else condition.join(condition.null())
-        branches = len(both) // len(condition) if len(condition) else 1
+        settings = self._settings(options)
+        sampler = Sampler(options, settings)
+        both = condition.join(self.condition.null(condition)) if sampler.will_guide(0) else condition
         ids = torch.zeros_like(uniform, dtype=torch.int64)
         hidden = total = self.spec.num_positions
-        settings = self._settings(options)
         for left in hidden_after(total, settings["steps"]):
             if left < hidden:
                 now, visible = order[:, left:hidden], order[:, hidden:].sort(dim=1).values
-                both_visible = visible.repeat(branches, 1)
-                features = self.features(ids.repeat(branches, 1, 1), both_visible, both)
-                features = _take(features, now.repeat(branches, 1))
                 # The last pass hides nothing, but is counted as if it hid one position, as in the released sampler.
-                known = (total - max(left, 1)) / total
-                scale = scheduled(settings["guidance_schedule"], options.scale_at(total - hidden), known)
-                pick = Picker(options, scale)
+                pick = sampler.at((total - hidden) / total, progress=(total - max(left, 1)) / total)
+                rows = both if pick.scale != 1 else condition
+                branches = len(rows) // len(condition) if len(condition) else 1
+                features = self.features(ids.repeat(branches, 1, 1), visible.repeat(branches, 1), rows)
+                features = _take(features, now.repeat(branches, 1))
                 draws = _take(uniform, now).flatten(0, 1)[:, None]
                 codes = self.adapter.sample(features.flatten(0, 1), draws, pick)
                 codes = codes.unflatten(0, now.shape).squeeze(2)
@@ -269,8 +271,8 @@ class Masked(Generator):
 
     @property
     def sample_defaults(self) -> dict[str, Any]:
-        """Passes, and the schedule of guidance."""
-        return {"steps": self.config.steps, "guidance_schedule": self.config.guidance_schedule}
+        """Passes, and how guidance grows over the codes."""
+        return {"steps": self.config.steps} | Sampler.defaults(self.config.guidance_schedule)
 
     def _settings(self, options: SampleOptions) -> dict[str, Any]:
         """Those of a generation.

@@ -24,18 +24,11 @@ from torch import Tensor, nn
 
 from vistok.checkpoint import load_strictly
 from vistok.errors import UserError
-from vistok.generators.conditions import (
-    ClassPrefix,
-    ClassStart,
-    Kind,
-    TextCross,
-    TextPrefix,
-    drop_some,
-    make_condition,
-)
-from vistok.generators.sampling import Picker, Schedule, num_positions, scheduled
+from vistok.generators.conditions import ConditionConfig, Entry, TextCross, make_condition
+from vistok.generators.sampling import Picker, Sampler, Schedule, num_positions
 from vistok.interfaces import Condition, Generator, LossReport, SampleOptions, Tokenizer
-from vistok.nn.attention import Context, KVCache
+from vistok.nn.attention import Context, KVCache, ordered_mask
+from vistok.nn.packed import packed_linears
 from vistok.nn.rope import rotation
 from vistok.nn.transformer import MLP, Block
 from vistok.quantizers.residual_multiscale import Mode, ScaleCodes
@@ -84,18 +77,8 @@ class BaseConfig:
 
 
 @dataclass
-class Config(BaseConfig):
-    """Sizes and choices.
-
-    Args:
-        condition: how class or text enter, see :mod:`~vistok.generators.conditions`.
-        num_classes: classes of a class condition.
-        text_width: channels of the text encoder's states, for a text condition.
-    """
-
-    condition: Kind = "class_prefix"
-    num_classes: int = 1000
-    text_width: int = 2048
+class Config(BaseConfig, ConditionConfig):
+    """Sizes, and the condition."""
 
 
 class NextScale(Generator):
@@ -117,13 +100,14 @@ class NextScale(Generator):
         self,
         config: BaseConfig,
         spec: TokenSpec,
-        condition: ClassPrefix | ClassStart | TextCross | TextPrefix,
+        condition: Entry,
         tail: int = 0,
         words: int = 0,
     ) -> None:
         super().__init__()
         self.config, self.spec = config, spec
         self.num_classes, self.text_width = condition.num_classes, condition.text_width
+        self.text_positions = condition.text_positions
         self.condition = condition
         layout = cast(MultiScale, spec.layout)
         self.lengths, self.front = layout.lengths, condition.num_positions - 1
@@ -202,11 +186,7 @@ class NextScale(Generator):
         self, condition: Condition
     ) -> tuple[Float[Tensor, "B P D"], Bool[Tensor, "B P"] | None, list[Context | None]]:
         """The condition: its positions, which of them are there (None: all), and what each block looks at."""
-        start, states = self.condition(condition)
-        blocks = cast(list[Block], self.blocks)
-        if states is None or isinstance(self.condition, TextPrefix):
-            return start, states, [None] * len(blocks)
-        return start, None, [block.cross_attention.context(*states) for block in blocks]
+        return self.condition.prefix(condition, self.blocks)
 
     def sequence(self, start: Float[Tensor, "B P D"], ids: Int[Tensor, "B n"]) -> Float[Tensor, "B P-1+m D"]:
         """Inputs of the blocks: the condition and the first scale, then the scale behind each of the given ones."""
@@ -237,13 +217,7 @@ class NextScale(Generator):
         """
         if there is None and here.start:
             return None  # one scale behind others
-        step = self._step[: here.stop]
-        mask = step[here, None] >= step
-        if there is None:
-            return mask
-        there = F.pad(there, (0, len(step) - there.shape[1]), value=True)[:, None, None]
-        itself = torch.arange(len(step), device=step.device)
-        return mask & there | (itself[here, None] == itself)
+        return ordered_mask(self._step, here, there)
 
     def backbone(
         self,
@@ -255,7 +229,7 @@ class NextScale(Generator):
         """Inputs -> normalised outputs, from the start or, with a cache, of those after the past."""
         past = 0 if cache is None else cache.length
         here = slice(past, past + x.shape[1])
-        mask = self.visible(here, there)
+        mask = self.visible(here, there if there is None else there[: len(x)])
         rope = (self._cos[here], self._sin[here]) if self.config.rotary else None
         x = self.dropout(x)
         for index, (block, context) in enumerate(zip(self.blocks, contexts)):
@@ -273,7 +247,7 @@ class NextScale(Generator):
     def loss(self, tokens: Tokens, condition: Condition, rng: torch.Generator) -> LossReport:
         """Mean cross-entropy, nats per code; in training mode some rows lose their condition."""
         if self.training:
-            condition = drop_some(condition, self.config.condition_dropout, rng)
+            condition = self.condition.drop_some(condition, self.config.condition_dropout, rng)
         logits = self.logits(tokens.ids, condition).float()
         loss = F.cross_entropy(logits.transpose(1, 2), tokens.ids[:, :, 0])
         return LossReport(loss, {"cross_entropy": loss}, tokens=tokens)
@@ -282,13 +256,13 @@ class NextScale(Generator):
 
     @property
     def sample_defaults(self) -> dict[str, Any]:
-        """The schedule of guidance, and rounds ``[[top_k, top_p], ...]`` (none: one, by the options of all samplers).
+        """How guidance grows, and rounds ``[[top_k, top_p], ...]`` (none: one, by the options of all samplers).
 
         The first round samples a scale; each further one predicts it once more, from inputs that have its present
         codes in them (TokenFlow, appendix; the first scale is sampled once). Top-k 0 and top-p 0 or 1 keep all.
         Scales behind it see a scale as its first round did.
         """
-        return {"guidance_schedule": self.config.guidance_schedule, "rounds": []}
+        return Sampler.defaults(self.config.guidance_schedule) | {"rounds": []}
 
     @torch.no_grad()
     def generate(
@@ -298,7 +272,7 @@ class NextScale(Generator):
         rng: SampleRng,
         progress: Callable[[int], None] | None = None,
     ) -> Tokens:
-        """Scale after scale; guidance runs both branches as one batch.
+        """Scale after scale; guidance runs both branches as one batch, which loses the null rows once it is over.
 
         Raises:
             UserError: for a condition or an option that is not of this model, or a number of tokens that ends inside a
@@ -306,32 +280,34 @@ class NextScale(Generator):
         """
         self.check_condition(condition)
         device, count = self.norm.weight.device, num_positions(self.spec, options.num_tokens)
-        schedule, rounds = self._settings(options)
+        rounds = self._rounds(options)
         both = condition.to(device)
-        if options.cfg_scale != 1:
-            both = both.join(both.null())
+        if rounds[0].will_guide(0):
+            both = both.join(self.condition.null(both))
         uniform = rng.uniform(count, len(rounds)).to(device)
         ids = torch.zeros(len(condition), 0, dtype=torch.int64, device=device)
-        start, there, contexts = self.prefix(both)
-        run = self._runner(there, contexts, options.use_cache)
-        for scale, length in enumerate(self.lengths):
-            done = ids.shape[1]
-            if done == count:
-                break
-            guidance = scheduled(schedule, options.scale_at(done), scale / max(len(self.lengths) - 1, 1))
-            for number, filtered in enumerate(rounds if scale else rounds[:1]):
-                if scale == 0:
-                    x = self._first(start)
-                else:
-                    inputs = self.codes.refined_inputs(ids) if number else self.codes.inputs(ids)
-                    x = self.embedding(inputs[:, -length:])
-                    x = self._placed(x if len(x) == len(both) else torch.cat([x, x]), self.front + done)
-                outputs = run(x, number == 0)[:, -length:]
-                pick = Picker(filtered, guidance)
-                codes = self._draw(outputs, uniform[:, done : done + length, number], pick)
-                ids = torch.cat([ids[:, :done], codes], dim=1)
-            if progress is not None:
-                progress(length)
+        with packed_linears(self):
+            start, there, contexts = self.prefix(both)
+            run = self._runner(there, contexts, options.use_cache)
+            for scale, length in enumerate(self.lengths):
+                done = ids.shape[1]
+                if done == count:
+                    break
+                known, grown = done / self.spec.num_positions, scale / max(len(self.lengths) - 1, 1)
+                for number, sampler in enumerate(rounds if scale else rounds[:1]):
+                    if scale == 0:
+                        x = self._first(start)
+                    else:
+                        inputs = self.codes.refined_inputs(ids) if number else self.codes.inputs(ids)
+                        x = self.embedding(inputs[:, -length:])
+                        branches = 2 if sampler.will_guide(known) else 1
+                        x = self._placed(x.repeat(branches, 1, 1), self.front + done)
+                    outputs = run(x, number == 0)[:, -length:]
+                    pick = sampler.at(known, grown)
+                    codes = self._draw(outputs, uniform[:, done : done + length, number], pick)
+                    ids = torch.cat([ids[:, :done], codes], dim=1)
+                if progress is not None:
+                    progress(length)
         return Tokens(ids[..., None], self.spec)
 
     def _draw(
@@ -359,13 +335,14 @@ class NextScale(Generator):
                     cache.advance(scales[-1].shape[1])
                 scales.append(x)
             if cache is None:
-                return self.backbone(torch.cat([*scales[:-1], x], dim=1), there, contexts)
+                past = [inputs[: len(x)] for inputs in scales[:-1]]
+                return self.backbone(torch.cat([*past, x], dim=1), there, contexts)
             return self.backbone(x, there, contexts, cache if is_first else cache.glance())
 
         return run
 
-    def _settings(self, options: SampleOptions) -> tuple[str, list[SampleOptions]]:
-        """Schedule of guidance, and the options of each round.
+    def _rounds(self, options: SampleOptions) -> list[Sampler]:
+        """What picks the codes of each round.
 
         Raises:
             UserError: for an option or a value that there is not.
@@ -374,9 +351,8 @@ class NextScale(Generator):
         rounds = settings["rounds"]
         if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in rounds):
             raise UserError(f"next_scale: rounds must be pairs [[top_k, top_p], ...], got {rounds}")
-        return settings["guidance_schedule"], [
-            replace(options, top_k=int(k), top_p=float(p or 1)) for k, p in rounds
-        ] or [options]
+        filters = [replace(options, top_k=int(k), top_p=float(p or 1)) for k, p in rounds] or [options]
+        return [Sampler(filtered, settings) for filtered in filters]
 
 
 def check_ranges(config: BaseConfig) -> None:
@@ -398,8 +374,5 @@ def build(config: Config, spec: TokenSpec) -> NextScale:
         UserError: if it cannot model ``spec`` or its sizes do not fit each other.
     """
     check_ranges(config)
-    if config.num_classes < 0 or config.text_width < 1:
-        raise UserError(f"num_classes {config.num_classes} or text_width {config.text_width} is too small")
     NextScale.check(spec)
-    condition = make_condition(config.condition, config.width, config.num_classes, config.text_width)
-    return NextScale(config, spec, condition)
+    return NextScale(config, spec, make_condition(config, config.width, config.heads))

@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vistok.errors import UserError
 from vistok.generators.sampling import Picker
 from vistok.nn.rope import coordinates
-from vistok.nn.transformer import MLP
+from vistok.nn.transformer import MLP, matrix_flops
 from vistok.tokens import Grid2D, TokenSpec
 
 _norm = partial(nn.RMSNorm, eps=1e-5)
@@ -117,6 +116,12 @@ class TokenShuffle(nn.Module):
         """A zero head: the first loss is exactly the log of the vocabulary."""
         nn.init.zeros_(self.head.weight)
 
+    @property
+    def train_flops(self) -> int:
+        """Of a sample, see :attr:`Generator.train_flops`."""
+        codes = matrix_flops(self.codes_per_position * self.num_positions, self.compress, self.expand, self.head)
+        return codes + matrix_flops(self.num_positions, self.fuse, self.untangle)
+
     def arrange(self, ids: Int[Tensor, "B N 1"]) -> Int[Tensor, "B N 1"]:
         """Codes in raster order -> window after window."""
         return ids[:, self.order]
@@ -134,11 +139,6 @@ class TokenShuffle(nn.Module):
         """Predictions of ``ids`` from the backbone's outputs (alone: a window does not see itself)."""
         parts = self.untangle(hidden).unflatten(2, (self.codes_per_position, -1)).flatten(1, 2)
         return self.head(self.norm(self.expand(parts)))
-
-    def loss(self, hidden: Float[Tensor, "B n D"], ids: Int[Tensor, "B k 1"]) -> Float[Tensor, "B k 1"]:
-        """Cross-entropy of each code, nats, float32."""
-        logits = self.logits(hidden, ids).float()
-        return F.cross_entropy(logits.transpose(1, 2), ids[:, :, 0], reduction="none")[:, :, None]
 
     def sample(self, hidden: Float[Tensor, "B2 D"], uniform: Float[Tensor, "B k 1"], pick: Picker) -> Tensor:
         """Codes ``(B, codes_per_position, 1)`` of one window."""

@@ -23,8 +23,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vistok.checkpoint import KeyMap, KeyRule, load_strictly, load_weights, weight_files
+from vistok.config import Component
 from vistok.errors import UserError, first_line
-from vistok.generators.conditions import TextPrefix, drop_some
+from vistok.generators.conditions import TextPrefix
 from vistok.generators.next_scale import BaseConfig, NextScale, check_ranges
 from vistok.interfaces import Condition, LossReport
 from vistok.quantizers.residual_multiscale import Mode
@@ -97,7 +98,7 @@ class TokenFlowT2I(NextScale):
     def loss(self, tokens: Tokens, condition: Condition, rng: torch.Generator) -> LossReport:
         """Mean cross-entropy of the codes and of the words that end the text, among all words and codes."""
         if self.training:
-            condition = drop_some(condition, self.config.condition_dropout, rng)
+            condition = self.condition.drop_some(condition, self.config.condition_dropout, rng)
         ids, words = tokens.ids[:, :, 0], self.config.text_vocabulary
         start, there, contexts = self.prefix(condition)
         outputs = self.backbone(self.text_sequence(start, ids), there, contexts)[:, self.front :]
@@ -244,6 +245,7 @@ def _words(folder: Path) -> tuple[list[int], list[int], int]:
 
 
 from_published = TokenFlowT2I.from_published
+PUBLISHED_TEXT_ENCODER = Component("words", {})  # of the release itself
 
 
 def build(config: Config, spec: TokenSpec) -> TokenFlowT2I:

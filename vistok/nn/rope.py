@@ -9,7 +9,10 @@ from torch import Tensor
 from vistok.tokens import Grid2D, Layout
 
 Rotation = tuple[Float[Tensor, "N half"], Float[Tensor, "N half"]]
-"""Cosines and sines, one row for each position, one column for each pair of neighbouring channels."""
+"""Cosines and sines, one row for each position, one column for each pair of neighbouring channels.
+
+Where samples have positions of their own, both are ``(B, N, half)``.
+"""
 
 
 def coordinates(layout: Layout) -> Float[Tensor, "N axes"]:
@@ -34,13 +37,13 @@ def rotation(positions: Float[Tensor, "N axes"], head_dim: int, base: float = 10
     pairs = head_dim // 2 // axes
     if pairs * axes * 2 != head_dim:
         raise ValueError(f"head_dim {head_dim} cannot be split over {axes} rotary axes")
-    frequencies = base ** -(torch.arange(pairs, dtype=torch.float32) / pairs)
+    frequencies = base ** -(torch.arange(pairs, dtype=torch.float32, device=positions.device) / pairs)
     angles = (positions.float()[:, :, None] * frequencies).flatten(1)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Float[Tensor, "B heads N head_dim"], table: Rotation) -> Float[Tensor, "B heads N head_dim"]:
     """Turn the channel pairs (2i, 2i + 1) of every position by its angle, in float32."""
-    cos, sin = table
+    cos, sin = (part.unsqueeze(-3) for part in table)  # alike for all heads
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from vistok.errors import UserError
 from vistok.nn.attention import Attention, Context, CrossAttention, KVCache
 from vistok.nn.modulation import AdaLN, Lengths, add_gated, modulate
 from vistok.nn.rope import Rotation
@@ -126,3 +129,30 @@ class Block(nn.Module):
         self, x: Float[Tensor, "B N D"], sublayer: Callable[[Tensor], Tensor], norm: nn.Module
     ) -> Float[Tensor, "B N D"]:
         return x + self.dropout(norm(sublayer(x)) if self.norm_after else sublayer(norm(x)))
+
+
+def matrix_flops(positions: int, *layers: nn.Module) -> int:
+    """Operations of a forward and backward pass of ``positions`` through the linear layers in ``layers``."""
+    modules = [module for layer in layers for module in layer.modules()]
+    return 6 * positions * sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
+
+
+def attention_flops(positions: int, width: int, depth: int) -> int:
+    """The same of ``depth`` attentions of ``positions`` to one another; a causal mask, which hides half, saves none."""
+    return 12 * positions**2 * width * depth
+
+
+def recompute_blocks(net: nn.Module) -> None:
+    """Let every :class:`Block` in ``net`` forget its insides and compute them again in the backward pass, in place.
+
+    Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174). Gradients stay the same, dropout
+    included, and so do the names of parameters.
+
+    Raises:
+        UserError: if there is no block.
+    """
+    blocks = [module for module in net.modules() if isinstance(module, Block)]
+    if not blocks:
+        raise UserError(f"activation_checkpointing is for transformer blocks, and {type(net).__name__} has none")
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]

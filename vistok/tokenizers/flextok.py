@@ -77,8 +77,6 @@ class Config:
         steps: Euler steps of ``decode`` unless told otherwise.
         guidance: guidance scale of ``decode`` unless told otherwise (the paper's models: 7.5 with ``apg``).
         apg: whether ``decode`` guides by adaptive projected guidance unless told otherwise.
-        recompute: compute blocks again in the backward pass instead of keeping what is inside them: less memory, about
-            a third more time.
         alignment: of the decoder's patches with a frozen teacher (REPA); None trains without.
     """
 
@@ -104,7 +102,6 @@ class Config:
     steps: int = 25
     guidance: float = 1.0
     apg: bool = False
-    recompute: bool = False
     alignment: AlignmentConfig | None = None
 
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vistok.nn.modulation import AdaLN, TimestepEmbedding, modulate
 from vistok.nn.patch import patchify, sincos_2d, unpatchify
@@ -28,12 +27,6 @@ def _make_blocks(width: int, depth: int, head_dim: int, **modulation: Any) -> nn
     return nn.ModuleList(make(**modulation) for _ in range(depth))
 
 
-def _run(block: nn.Module, x: Tensor, recompute: bool, **arguments: Any) -> Tensor:
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(block, x, use_reentrant=False, **arguments)
-    return block(x, **arguments)
-
-
 def registers_mask(patches: int, registers: int) -> Bool[Tensor, "n n"]:
     """The encoder's mask on ``[patches | registers]``: a key is open if it is a patch or not later than the query."""
     index = torch.arange(patches + registers)
@@ -48,7 +41,7 @@ class Encoder(nn.Module):
     def __init__(self, channels: int, grid: int, config: Config) -> None:
         super().__init__()
         width = config.encoder_width
-        self.patch_size, self.recompute = config.patch_size, config.recompute
+        self.patch_size = config.patch_size
         self.patch_in = nn.Linear(channels * config.patch_size**2, width)
         self.register_buffer("positions", sincos_2d(grid, grid, width))
         self.registers = nn.Parameter(torch.empty(config.num_registers, width))
@@ -64,7 +57,7 @@ class Encoder(nn.Module):
         x = torch.cat([x, self.registers.expand(len(x), -1, -1).to(x.dtype)], dim=1)
         mask = self._mask(patches, x.device)
         for block in self.blocks:
-            x = _run(block, x, self.recompute, mask=mask)
+            x = block(x, mask)
         return self.head(self.norm(x[:, patches:]))
 
     def _mask(self, patches: int, device: torch.device) -> Bool[Tensor, "n n"]:
@@ -82,7 +75,7 @@ class Decoder(nn.Module):
     def __init__(self, channels: int, grid: int, config: Config) -> None:
         super().__init__()
         width = config.decoder_width
-        self.patch_size, self.recompute = config.patch_size, config.recompute
+        self.patch_size = config.patch_size
         self.codes_in = nn.Linear(len(config.fsq_levels), width)
         self.register_positions = nn.Parameter(torch.empty(config.num_registers, width))
         self.mask_token = nn.Parameter(torch.empty(width))
@@ -168,7 +161,7 @@ class Decoder(nn.Module):
         mask = None if bias is None else F.pad(bias, (lengths[0], 0))[:, None, None].to(x.dtype)
         time_vector = self.time(time)
         for index, block in enumerate(self.blocks):
-            x = _run(block, x, self.recompute, mask=mask, condition=time_vector, lengths=lengths)
+            x = block(x, mask, condition=time_vector, lengths=lengths)
             if index == layer:
                 features = x[:, : height * width].unflatten(1, (height, width))
         shift, scale = self.head_modulation(time_vector)
