@@ -2,8 +2,8 @@
 
 python benchmarks/gpt_sampling.py [--ways plain,fused,ours,unpacked,short,bf16,bf16-unpacked,compiled] [--runs 2]
 
-plain          a cache of full length, one row of a mask over all of it in every step, unfused attention (as in
-               LlamaGen forces it), the guided batch to the end, top-k by sorting
+plain          a cache of full length, one row of a mask over all of it in every step, unfused attention (which
+               LlamaGen forces), the guided batch to the end, top-k by sorting
 fused          the same with fused attention
 ours           GPT.generate
 unpacked       without packed weights
@@ -71,13 +71,14 @@ def main() -> None:
     config = Config()
     for name, default in (("width", config.width), ("depth", config.depth), ("side", 16), ("batch", 4), ("runs", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--head-std", type=float, default=0.2, help="of the random head: how sure the model is")
     parser.add_argument("--ways", default="plain,fused,ours,unpacked")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
     spec = TokenSpec(Grid2D(args.side, args.side), (16384,), 8, 16 * args.side)
     model = build(Config(width=args.width, depth=args.depth, heads=args.width // 64), spec).to(args.device).eval()
-    torch.nn.init.normal_(model.adapter.head.weight, std=0.05)
+    torch.nn.init.normal_(model.adapter.head.weight, std=args.head_std)
     classes = torch.arange(args.batch, device=args.device) % model.num_classes
 
     def ours(**options) -> Tensor:

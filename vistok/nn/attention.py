@@ -57,10 +57,10 @@ class KVCache:
         Attention reads the whole memory, so it needs the mask of :func:`ordered_mask`; the position is a tensor.
         """
         other = copy(self)
-        for store in self._store:
-            assert store is not None, "there is no past to look back at"
+        stores = [store for store in self._store if store is not None]
+        for store in stores:
             torch._dynamo.mark_static_address(store, guard=False)  # or CUDA graphs would copy it in every pass
-        other._position = torch.tensor([self.length], device=store.device)
+        other._position = torch.tensor([self.length], device=stores[0].device)
         return other
 
     def place(self, count: int) -> slice | Int[Tensor, " 1"]:

@@ -23,7 +23,7 @@ def packed_linears(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     linears = [layer for layer in model.modules() if type(layer) is nn.Linear]
     layers = [layer for layer in linears if enabled and _can_pack(layer.weight)]
     for layer in layers:
-        layer.forward = _packed(layer)  # type: ignore[method-assign]
+        layer.forward = _packed(layer)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
