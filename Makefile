@@ -2,9 +2,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEMO := runs/demo
-T2I := runs/t2i
 
-.PHONY: help install demo t2i-demo test lint format features clean
+.PHONY: help install demo test lint format features clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -26,14 +25,6 @@ demo: install  ## train FlexTok and a GPT on digits, sample, measure; results in
 	@$(BIN)/python -m vistok.eval reconstruction --checkpoint $(DEMO)/tokenizer --data digits --out $(DEMO)
 	@$(BIN)/python -m vistok.eval generation --checkpoint $(DEMO)/generator --data digits --count 500 --cfg-scale 2 --top-p 0.95 --out $(DEMO)
 	@$(BIN)/python -m vistok.eval report --run $(DEMO)
-
-t2i-demo: install  ## train a VQGAN and a GPT that reads captions on shapes, draw, score GenEval; results in runs/t2i/
-	@$(BIN)/python train.py --config configs/shapes/vqgan.yaml output=$(T2I)/tokenizer resume=auto
-	@$(BIN)/python train.py --config configs/shapes/gpt_text.yaml tokenizer=$(T2I)/tokenizer output=$(T2I)/generator resume=auto
-	@$(BIN)/python sample.py --checkpoint $(T2I)/generator --prompt "a small red circle left of a large blue square" \
-		--prompt "three green triangles" --prompt "a yellow star above a white cross" --prompt "two large pink diamonds" \
-		--count 8 --cfg-scale 4 --out $(T2I)/samples
-	@$(BIN)/python -m vistok.eval geneval --checkpoint $(T2I)/generator --data shapes --cfg-scale 1,4 --count-per-prompt 1 --out $(T2I)
 
 test: install  ## run the whole test suite
 	$(BIN)/python -m pytest

@@ -60,7 +60,9 @@ def make_tokenizer(name, **args):
 
 def make_generator(name, spec, **args):
     component = tiny_component("generators", name)
-    return randomized(build("generators", Component(name, {**component.args, **args}), spec))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of buffers, which are no parameters
+        return randomized(build("generators", Component(name, {**component.args, **args}), spec))
 
 
 def component_of(model):

@@ -131,8 +131,7 @@ class TextBlocks(nn.Module):
 
     Args:
         width: channels of the states.
-        depth: blocks, and a norm behind them, so that keys and values are not tiny at first; without any, states stay
-            what they are.
+        depth: blocks; without any, states stay what they are.
         heads: of the attention, with rotary positions.
     """
 
@@ -141,13 +140,12 @@ class TextBlocks(nn.Module):
         norm = partial(nn.RMSNorm, eps=1e-5)
         self.head_dim = width // heads
         self.blocks = nn.ModuleList(Block(width, heads, 4 * width, norm, mlp=MLP) for _ in range(depth))
-        self.norm = norm(width) if depth else nn.Identity()
 
     def forward(self, states: Float[Tensor, "B L D"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         rope = rotation(torch.arange(states.shape[1], device=states.device)[:, None], self.head_dim)
         for block in self.blocks:
             states = block(states, mask[:, None, None], rope=rope)
-        return self.norm(states)
+        return states
 
 
 class TextCross(Entry):
