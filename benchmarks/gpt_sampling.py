@@ -11,6 +11,10 @@ short          guided over the first quarter of the codes only (other codes; pla
 bf16           under autocast, with packed weights
 bf16-unpacked  under autocast
 compiled       options.compile, without the time of the first call
+
+Ids of two ways part at the first draw that falls so close to the edge between two codes that the rounding of float32
+decides. So each way is also held against double precision: how many of its draws come out otherwise there, from the
+same codes before them, and how far from the edge (a share of the probability) the farthest of them is.
 """
 
 import argparse
@@ -19,6 +23,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from unittest.mock import patch
 
 import torch
@@ -64,6 +69,29 @@ def plain(model: GPT, classes: Tensor, backend: SDPBackend) -> Tensor:
             ids[:, here] = torch.searchsorted(cumulative, target, right=True)
             x = model.adapter.embedding(ids[:, here]).repeat(2, 1, 1)
     return ids
+
+
+def rotate_in_double(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions; those of the model are float32 always."""
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(*table)
+    return torch.view_as_real(turned).flatten(-2)
+
+
+@torch.no_grad()
+def otherwise(model: GPT, classes: Tensor, ids: Tensor) -> tuple[int, float]:
+    """Draws of ``ids`` that the double-precision ``model`` makes otherwise, and the largest distance from the edge."""
+    condition = ClassCondition(classes)
+    with patch("vistok.nn.attention.rotate", rotate_in_double):
+        given, null = (model.logits(ids[:, :, None], each) for each in (condition, condition.null()))
+    logits = null + CFG_SCALE * (given - null)
+    least = logits.topk(TOP_K, dim=-1).values[..., -1:]
+    cumulative = logits.masked_fill(logits < least, -torch.inf).softmax(-1).cumsum(-1)
+    uniform = SampleRng.from_seed(0, len(classes)).uniform(ids.shape[1], 1).double().to(ids.device)
+    target = uniform * cumulative[..., -1:]
+    wrong = torch.searchsorted(cumulative, target, right=True)[..., 0] != ids
+    edges = F.pad(cumulative, (1, 0)).gather(-1, torch.stack([ids, ids + 1], dim=-1))
+    distance = (edges - target).abs().amin(-1)[wrong]
+    return int(wrong.sum()), distance.max().item() if len(distance) else 0.0
 
 
 def main() -> None:
@@ -116,11 +144,16 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
     results = [{way: run(way) for way in ways} for _ in range(args.runs)]
     first, ids = ways[0], results[0][ways[0]][1]
+    exact = deepcopy(model).double()
     for way in ways:
         seconds = statistics.median(result[way][0] for result in results)
         ratio = statistics.median(result[first][0] / result[way][0] for result in results)
         same = (results[0][way][1] == ids).double().mean().item()
-        print(f"{way:14s} {seconds:7.2f} s, {ratio:5.2f} x as fast as {first}, {same:.1%} of its ids", flush=True)
+        line = f"{way:14s} {seconds:7.2f} s, {ratio:5.2f} x as fast as {first}, {same:.1%} of its ids"
+        if way != "short":
+            wrong, distance = otherwise(exact, classes, results[0][way][1].to(args.device))
+            line += f"; {wrong} of {ids.numel()} draws not as in double precision, at most {distance:.0e} from an edge"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

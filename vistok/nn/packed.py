@@ -16,9 +16,10 @@ _LEAST_WEIGHTS = 1 << 18
 def packed_linears(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Let the linear layers of ``model`` compute from copies of their weights in the layout of oneDNN's kernels.
 
-    Products take less time then (``benchmarks/gpt_sampling.py``), those of few rows, as in a step of sampling, up to
-    half. The copies have the type of autocast and last as long as the context; they need the memory of the weights once
-    more. There are no gradients, and weights that change are not followed. Layers on other devices stay as they are.
+    Products take less time then, above all those of few rows, as in a step of sampling
+    (``benchmarks/gpt_sampling.py``). They round otherwise than plain ones, in the last digits of float32. The copies
+    have the type of autocast and last as long as the context; they need the memory of the weights once more. There are
+    no gradients, and weights that change are not followed. Layers on other devices stay as they are.
     """
     linears = [layer for layer in model.modules() if type(layer) is nn.Linear]
     layers = [layer for layer in linears if enabled and _can_pack(layer.weight)]
