@@ -9,8 +9,8 @@ from torch import Tensor
 
 def cross_entropy(logits: Float[Tensor, "B n *S V"], ids: Int[Tensor, "B n S"]) -> Float[Tensor, "B n S"]:
     """Cross-entropy of each code, nats, float32; logits of a single slot may lack its axis."""
-    logits = logits.float().reshape(*ids.shape, -1)
-    return F.cross_entropy(logits.movedim(-1, 1), ids, reduction="none")
+    rows = logits.float().reshape(ids.numel(), -1)  # classes last in memory, which a CPU is faster with
+    return F.cross_entropy(rows, ids.flatten(), reduction="none").view(ids.shape)
 
 
 def z_loss(logits: Float[Tensor, "B n *S V"]) -> Float[Tensor, ""]:
