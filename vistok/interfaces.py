@@ -369,6 +369,10 @@ class TextEncoder(nn.Module, ABC):
     def encode(self, texts: list[str]) -> TextCondition:
         """One row for each text, on the encoder's device."""
 
+    @abstractmethod
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """The characters that each state of a text stands for, the last one exclusive; none for marks such as its end."""
+
     @property
     @abstractmethod
     def states_hash(self) -> str:

@@ -202,3 +202,14 @@ def test_weights_that_lack_a_tensor_are_refused(folder, name):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 tensor\(s\) of a .*, such as .*final_layer_norm\.weight"):
         make(name, folder)
+
+
+def test_spans_tell_what_each_state_spells(name, folder):
+    encoder = make(name, folder)
+    text = "a red circle, and a star"
+    spans = encoder.spans(text)
+    assert len(spans) == int(encoder.encode([text]).mask.sum())
+    spelled = [text[start:end].strip() for start, end in spans]
+    assert "".join(spelled) == text.replace(" ", "") and spelled[-1] == ""
+    short = make(name, folder, max_length=4)
+    assert short.spans(text)[:3] == spans[:3] and len(short.spans(text)) == 4

@@ -81,8 +81,17 @@ def find_tokens(tokenizer: Any, prompt: str, span: Span) -> tuple[int, ...]:
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{type(tokenizer).__name__} does not tell what its tokens spell: use its fast version")
+    return tokens_within(tokenizer(prompt, return_offsets_mapping=True).offset_mapping, prompt, span)
+
+
+def tokens_within(spelled: Sequence[Span], prompt: str, span: Span) -> tuple[int, ...]:
+    """The positions of the tokens that spell a part of the prompt, where each token spells the characters ``spelled``.
+
+    Raises:
+        UserError: if a token spells more than that part.
+    """
     positions = []
-    for position, (start, end) in enumerate(tokenizer(prompt, return_offsets_mapping=True).offset_mapping):
+    for position, (start, end) in enumerate(spelled):
         # Some tokenizers count the space in front of a word to it.
         start += len(prompt[start:end]) - len(prompt[start:end].lstrip())
         if max(start, span[0]) >= min(end, span[1]):

@@ -25,6 +25,8 @@ from vistok.text_encoders.lengths import LengthConfig, Limit
 LENGTHS = range(3, 7)
 """Of the n-grams, bytes, with the marks of a word's ends; the whole word is one more."""
 
+WORD = re.compile(r"\w+|[^\w\s]")
+
 END = ""
 """The word behind every text, so that the empty one has a state too."""
 
@@ -62,6 +64,11 @@ class Bytes(TextEncoder):
         self.limit.exceeded_by([text for text, row in zip(texts, rows) if len(row) > most], texts)
         return TextCondition(*self._states([row[:most] for row in rows]), *self._states([[]]))
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Those of the words; none of the state behind them."""
+        found = [match.span() for match in WORD.finditer(text)]
+        return [*found[: self.limit.max_length - 1], (len(text), len(text))]
+
     @property
     def states_hash(self) -> str:
         return module_hash(self, "bytes", self.width, self.limit.max_length)
@@ -84,7 +91,7 @@ class Bytes(TextEncoder):
 
 def words(text: str) -> list[str]:
     """The words of a text and its punctuation, in lower case."""
-    return re.findall(r"\w+|[^\w\s]", text.lower())
+    return [word.lower() for word in WORD.findall(text)]
 
 
 def ngrams(word: str) -> set[bytes]:

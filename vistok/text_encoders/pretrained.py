@@ -77,13 +77,17 @@ class PretrainedTextEncoder(TextEncoder):
         self.limit.exceeded_by([text for text, row in zip(texts, tokens.encodings) if row.overflowing], texts)
         return TextCondition(*self._read(tokens.input_ids), self.null_states, self.null_mask)
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Those of the tokens."""
+        return self._tokens(text, return_offsets_mapping=True).offset_mapping
+
     @property
     def states_hash(self) -> str:
         words = self.tokenizer.backend_tokenizer.to_str()
         return module_hash(self.model, self.limit.name, self.limit.max_length, words)
 
-    def _tokens(self, texts: list[str]) -> Any:
-        return self.tokenizer(texts, truncation=True, max_length=self.limit.max_length)
+    def _tokens(self, texts: str | list[str], **options: Any) -> Any:
+        return self.tokenizer(texts, truncation=True, max_length=self.limit.max_length, **options)
 
     def _read(self, tokens: list[list[int]]) -> tuple[Float[Tensor, "B L C"], Bool[Tensor, "B L"]]:
         device = next(self.model.parameters()).device
