@@ -371,7 +371,7 @@ class TextEncoder(nn.Module, ABC):
 
     @abstractmethod
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """The characters that each state of a text stands for, the last one exclusive; none for marks such as its end."""
+        """The characters that each state of a text stands for, the last one exclusive; none for the end of it."""
 
     @property
     @abstractmethod
