@@ -6,11 +6,11 @@ from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 from tiny_models.runs import read_state, rows, tiny_run
 from tiny_models.tokenizer import TinyTokenizer
-from tiny_models.vgg import vgg16_file
+from tiny_models.vgg import alexnet_file, vgg16_file
 from vistok.checkpoint import load_tokenizer
 from vistok.config import Component, build
 from vistok.errors import UserError
-from vistok.losses.perceptual import PerceptualConfig, PerceptualLoss, load_lpips
+from vistok.losses.perceptual import BACKBONES, PerceptualConfig, PerceptualLoss, load_lpips
 from vistok.rng import seeded_generator
 from vistok.training.run import train
 
@@ -24,15 +24,27 @@ def images(count=2, height=24, width=32, seed=0):
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def test_the_distance_is_torchmetrics_given_the_same_network(lpips):
-    reference = _NoTrainLpips(net="vgg", pnet_rand=True)
-    published = torch.load(vgg16_file(), weights_only=True)
+@pytest.mark.parametrize(("net", "file", "side"), [("vgg", vgg16_file, 24), ("alex", alexnet_file, 35)])
+def test_the_distance_is_torchmetrics_given_the_same_network(net, file, side):
+    reference = _NoTrainLpips(net=net, pnet_rand=True)
+    published = torch.load(file(), weights_only=True)
     for name, parameter in reference.net.named_parameters():  # slice2.5.weight
         parameter.copy_(published[f"features.{name.split('.', 1)[1]}"])
-    a, b = images(), images(seed=1)
+    a, b = images(height=side), images(height=side, seed=1)
     expected = reference(a, b).flatten()
     assert expected.shape == (2,) and (expected > 0.01).all()
-    torch.testing.assert_close(lpips(a, b), expected, rtol=1e-5, atol=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(load_lpips(file(), net)(a, b), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_smallest_images_are_as_small_as_said():
+    for net, file in (("vgg", vgg16_file), ("alex", alexnet_file)):
+        least = BACKBONES[net].min_image_size_px
+        a, b = images(height=least, width=least), images(height=least, width=least, seed=1)
+        with torch.no_grad():
+            assert load_lpips(file(), net, least)(a, b).isfinite().all()
+        with pytest.raises(UserError, match=f"LPIPS by {net} needs images of at least {least} px, got {least - 1}"):
+            load_lpips(file(), net, least - 1)
 
 
 def test_an_image_is_no_distance_from_itself_and_gradients_are_finite(lpips):

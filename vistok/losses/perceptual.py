@@ -1,4 +1,4 @@
-"""LPIPS: how different two images look, by the features of a frozen VGG16.
+"""LPIPS: how different two images look, by the features of a frozen VGG16 or AlexNet.
 
 Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", CVPR 2018 (arXiv 1801.03924),
 section 3, version 0.1. The heads are those that torchmetrics carries; the network's weights are a file of the user's.
@@ -6,26 +6,60 @@ section 3, version 0.1. The heads are those that torchmetrics carries; the netwo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from omegaconf import MISSING
 from torch import Tensor, nn
-from torchvision.models import vgg16
+from torchvision.models import alexnet, vgg16
 
 from vistok.checkpoint import load_strictly, load_torch_file
 from vistok.errors import UserError
 from vistok.nn.frozen import Frozen
 
-SOURCE = "torchvision's VGG16, vgg16-397923af.pth: VGG16_Weights.IMAGENET1K_V1"
-LAYERS = (3, 8, 15, 22, 29)
-"""The compared features of torchvision's VGG16: what leaves the last ReLU of each of its five stages."""
-CHANNELS = (64, 128, 256, 512, 512)
-MIN_IMAGE_SIZE_PX = 16
-"""The last stage halves the side for the fourth time."""
+Net = Literal["vgg", "alex"]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network of torchvision that LPIPS looks through.
+
+    Args:
+        make: builds it.
+        source: the weights file to supply.
+        layers: the compared features: what leaves the last ReLU of each of its five stages.
+        channels: of these features.
+        min_image_size_px: below it a stage has nothing left.
+    """
+
+    make: Callable[[], nn.Module]
+    source: str
+    layers: tuple[int, ...]
+    channels: tuple[int, ...]
+    min_image_size_px: int
+
+
+BACKBONES: dict[Net, Backbone] = {
+    "vgg": Backbone(
+        vgg16,
+        "torchvision's VGG16, vgg16-397923af.pth: VGG16_Weights.IMAGENET1K_V1",
+        layers=(3, 8, 15, 22, 29),
+        channels=(64, 128, 256, 512, 512),
+        min_image_size_px=16,
+    ),
+    "alex": Backbone(
+        alexnet,
+        "torchvision's AlexNet, alexnet-owt-7be5be79.pth: AlexNet_Weights.IMAGENET1K_V1",
+        layers=(1, 4, 7, 9, 11),
+        channels=(64, 192, 384, 256, 256),
+        min_image_size_px=31,
+    ),
+}
 
 
 @dataclass
@@ -60,10 +94,8 @@ class PerceptualLoss:
     """
 
     def __init__(self, config: PerceptualConfig, image_size: int) -> None:
-        if image_size < MIN_IMAGE_SIZE_PX:
-            raise UserError(f"perceptual: LPIPS needs images of at least {MIN_IMAGE_SIZE_PX} px, got {image_size}")
         self.weight = config.weight
-        self.lpips = Frozen(load_lpips(config.weights))
+        self.lpips = Frozen(load_lpips(config.weights, image_size=image_size))
 
     def __call__(self, images: Float[Tensor, "B 3 H W"], targets: Float[Tensor, "B 3 H W"]) -> Float[Tensor, ""]:
         """Float32, whatever the autocast; images in [-1, 1]."""
@@ -77,18 +109,19 @@ class LPIPS(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
+        self.layers = backbone.layers
         with torch.device("meta"):  # neither the time nor the draws of weights that a file replaces
-            self.features = vgg16().features
-        self.features.to_empty(device="cpu")
-        self.heads = nn.ParameterList(torch.empty(channels) for channels in CHANNELS)
+            network: Any = backbone.make()
+        self.features = network.features[: self.layers[-1] + 1].to_empty(device="cpu")
+        self.heads = nn.ParameterList(torch.empty(channels) for channels in backbone.channels)
         # As released: ImageNet's mean and standard deviation, for images in [-1, 1] and to three digits.
         for name, value in (("mean", (-0.030, -0.088, -0.188)), ("std", (0.458, 0.448, 0.450))):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
     def forward(self, a: Float[Tensor, "B 3 H W"], b: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
-        """Distances of images in [-1, 1], at least 16 px: squared differences of unit features, weighted by channel."""
+        """Distances of images in [-1, 1]: squared differences of unit features, weighted by channel."""
         distance = a.new_zeros(len(a))
         for head, x, y in zip(self.heads, self._stages(a), self._stages(b)):
             distance = distance + torch.einsum("bchw,c->bhw", (x - y).square(), head).mean((1, 2))
@@ -97,32 +130,38 @@ class LPIPS(nn.Module):
     def _stages(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B C h w"]]:
         """Features of each stage, of length 1 at every location."""
         x, stages = (images - self.mean) / self.std, []
-        for index, layer in enumerate(self.features[: LAYERS[-1] + 1]):
+        for index, layer in enumerate(self.features):
             x = layer(x)
-            if index in LAYERS:
+            if index in self.layers:
                 # The epsilon keeps the gradient finite where all channels are 0.
                 stages.append(x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt())
         return stages
 
 
-def load_lpips(weights: str | Path) -> LPIPS:
-    """LPIPS with the VGG16 of a file; nothing is downloaded.
+def load_lpips(weights: str | Path, net: Net = "vgg", image_size: int | None = None) -> LPIPS:
+    """LPIPS with the network of a file; nothing is downloaded.
 
     Args:
-        weights: torchvision's weights of VGG16 (read without running anything in it); the classifier is left out.
+        weights: torchvision's weights of the network (read without running anything in it); the classifier is left out.
+        net: which network it is; papers report either, and they differ.
+        image_size: side of the images that it will compare, px.
 
     Raises:
-        UserError: naming the file to supply if it is missing, unreadable or of another network.
+        UserError: naming the file to supply if it is missing, unreadable or of another network; or if the images are
+            too small for it.
     """
-    lpips = LPIPS()
-    heads = load_torch_file(str(files("torchmetrics.functional.image") / "lpips_models" / "vgg.pth"))
+    backbone = BACKBONES[net]
+    if image_size is not None and image_size < (least := backbone.min_image_size_px):
+        raise UserError(f"perceptual: LPIPS by {net} needs images of at least {least} px, got {image_size}")
+    lpips = LPIPS(backbone)
+    heads = load_torch_file(str(files("torchmetrics.functional.image") / "lpips_models" / f"{net}.pth"))
     try:
         published = load_torch_file(weights)
         if not isinstance(published, dict):
             raise UserError(f"{weights} holds no state dict")
         state = {key: value for key, value in published.items() if key.startswith("features.")}
-        state |= {f"heads.{index}": heads[f"lin{index}.model.1.weight"].flatten() for index in range(len(CHANNELS))}
+        state |= {f"heads.{index}": heads[f"lin{index}.model.1.weight"].flatten() for index in range(len(lpips.heads))}
         load_strictly(lpips, state, weights)
     except UserError as error:
-        raise UserError(f"perceptual.weights: {error}; supply {SOURCE}") from None
+        raise UserError(f"perceptual.weights: {error}; supply {backbone.source}") from None
     return lpips.eval()
