@@ -7,7 +7,7 @@ setup(
     version="0.1.0",
     description="Visual tokenizers and autoregressive image generation",
     packages=find_packages(include=["vistok", "vistok.*"]),
-    package_data={"vistok.eval": ["weights/*.safetensors"]},
+    package_data={"vistok.eval": ["weights/*.safetensors", "gallery.html"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.7",
@@ -36,5 +36,5 @@ setup(
         "tqdm",
         "rich",
     ],
-    extras_require={"dev": ["pytest", "pytest-timeout", "ruff", "mypy"]},
+    extras_require={"dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "selenium"]},
 )

@@ -73,7 +73,7 @@ def main() -> None:
                 seconds = time.perf_counter() - started
                 tokenizer = load_tokenizer(output)
                 images, labels = split("val", tokenizer.spec.image_size_px)
-                batch = [{"image": images, "label": labels}]
+                batch = [{"image": images, "label": labels, "position": torch.arange(len(images))}]
                 result = measure_reconstruction(tokenizer, batch, None, prefix_lengths(tokenizer.spec))
                 rows.append((seed, side, seconds, velocity_loss(tokenizer, images), result["tokens"]))
     print(f"\nteacher {TEACHER_ARGS['embed_dim']} x {TEACHER_ARGS['depth']}, {accuracy:.1%} of held-out digits right")

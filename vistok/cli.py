@@ -48,11 +48,11 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def add_data_flags(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+def add_data_flags(parser: argparse.ArgumentParser, default: str | None = None, required: bool = True) -> None:
     """``--data``, ``--data-args`` and ``--workers``, for commands that read images."""
     text = "digits, shapes, photos, an image folder or shards"
     text = text if default is None else f"{text} (default: {default})"
-    parser.add_argument("--data", required=default is None, default=default, help=text)
+    parser.add_argument("--data", required=required and default is None, default=default, help=text)
     parser.add_argument(
         "--data-args",
         nargs="*",

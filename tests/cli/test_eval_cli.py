@@ -92,10 +92,10 @@ def test_reconstruction_generation_compare_and_report(runs, evaluate):
     assert set(result["metrics"]["tokens"]["4"]) == {
         "psnr_db",
         "ssim",
-        "rFID (digits-cnn features)",
+        "rFID-40 (digits-cnn features)",
         "class_accuracy",
     }
-    assert set(result["metrics"]["codebook"]) == {"usage", "entropy_bits", "perplexity"}
+    assert set(result["metrics"]["codebook"]) == {"usage", "entropy_bits", "perplexity", "codes"}
     assert result["protocol"]["settings"] == {"tokens": [1, 2, 4], "decode": {"steps": 1, "guidance": 1, "apg": False}}
     assert (result["protocol"]["count"], result["metrics"]["counts"]) == (40, {"images": 40})
     assert result["protocol"]["weights"] == {"tokenizer": "ema"}
@@ -109,14 +109,23 @@ def test_reconstruction_generation_compare_and_report(runs, evaluate):
     generation = json.loads((runs / "generator" / "eval" / "generation.json").read_text())
     assert list(generation["metrics"]["tokens"]) == ["1", "2"]
     assert set(generation["metrics"]["tokens"]["1"]) == {
-        "gFID (digits-cnn features)",
-        "precision (digits-cnn features)",
-        "recall (digits-cnn features)",
+        "gFID-20 (digits-cnn features)",
+        "IS-20 (digits-cnn features)",
+        "ADM-IS-20 (digits-cnn features)",
+        "KID-20 (digits-cnn features)",
+        "precision-20 (digits-cnn features)",
+        "recall-20 (digits-cnn features)",
         "class_accuracy",
         "copies_share",
     }
     assert generation["metrics"]["counts"] == {"samples": 20, "held_out": 297, "reference": 1500}
     assert "N=20" in out
+    assert generation["fingerprint"] in out
+    assert "at least 65 are needed" in out
+    assert generation["protocol"]["reference"]["count"] == 1500
+    assert len(generation["protocol"]["reference"]["pixels_sha256"]) == 64
+    assert generation["protocol"]["features"].keys() == {"name", "sha256", "resize", "dtype"}
+    assert generation["protocol"]["weights"] == {"generator": "ema", "tokenizer": "ema"}
     assert generation["protocol"]["settings"]["tokens"] == [1, 2]
     wanted = {"cfg_scale": 1.5, "temperature": 1.0, "top_k": 8, "top_p": 1.0, "guidance_schedule": "constant"}
     assert wanted.items() <= generation["protocol"]["settings"]["sampling"].items()

@@ -2,7 +2,9 @@ import pytest
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as published
 from safetensors.torch import load_file
+from torchmetrics.image.fid import NoTrainInceptionV3
 
+from tiny_models.inception import write_random_inception
 from vistok.data.datamodule import load_data
 from vistok.errors import UserError
 from vistok.eval import features, train_features
@@ -126,22 +128,6 @@ def test_inception_unpickles_nothing_but_weights(tmp_path, monkeypatch):
         load_features(f"inception:{path}")
 
 
-def write_random_inception(path, images, monkeypatch):
-    """A weight file in the published layout whose features differ between images (default weights give a constant)."""
-    with monkeypatch.context() as patch:
-        patch.setattr(published, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(published.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        torch.manual_seed(0)
-        network = published.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    network.train()(images)
-    torch.save(dict(network.state_dict()), path)
-
-
 @torch.no_grad()
 def test_inception_features_are_torch_fidelitys(tmp_path, monkeypatch):
     """Random weights: same file, same uint8 images, the TensorFlow resize and not torchmetrics' default one."""
@@ -150,9 +136,19 @@ def test_inception_features_are_torch_fidelitys(tmp_path, monkeypatch):
     write_random_inception(path, images, monkeypatch)
     monkeypatch.setattr(features, "INCEPTION_SHA256_PREFIX", "")
     ours = load_features(f"inception:{path}")
-    theirs = published.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path)).eval()
-    expected = theirs(images[:2])[0]
-    assert ours.features(images[:2]).shape == (2, 2048)
-    torch.testing.assert_close(ours.features(images[:2]), expected)
-    ours.network.use_antialias = True
-    assert (ours.features(images[:2]) - expected).abs().mean() > 0.05 * expected.abs().mean()
+    theirs = published.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path)).eval()
+    maps = []
+    theirs.Mixed_6d.branch1x1.register_forward_hook(lambda block, inputs, output: maps.append(output))
+    pool, logits = theirs(images[:2])
+    layers = ours.layers(images[:2])
+    for name, expected in (("pool", pool), ("logits", logits)):
+        torch.testing.assert_close(layers[name], expected, rtol=1e-3, atol=1e-3 * expected.abs().mean().item())
+    assert torch.equal(ours.features(images[:2]), layers["pool"])
+    # sFID: 17 x 17 places, row by row, with seven channels at each.
+    places = layers["spatial"].view(2, 17, 17, 7)
+    torch.testing.assert_close(places[:, 3, 5], maps[0][:, :7, 3, 5], rtol=1e-3, atol=1e-3)
+    assert layers["spatial"].shape == (2, ours.num_spatial)
+    assert layers["spatial"].min() == 0, "after the ReLU"
+    assert layers["logits"].shape == (2, ours.num_logits)
+    antialiased = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=True)(images[:2])
+    assert (antialiased - pool).abs().mean() > 0.05 * pool.abs().mean()

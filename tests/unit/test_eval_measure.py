@@ -14,10 +14,16 @@ from vistok.data.datamodule import CheckableDataset, load_data
 from vistok.errors import UserError
 from vistok.eval.curves import plot_by_tokens
 from vistok.eval.features import load_features
-from vistok.eval.generation import balanced_classes, measure_generation
-from vistok.eval.images import image_batches
+from vistok.eval.generation import balanced_classes, check_counts, measure_copies, measure_generation
+from vistok.eval.images import image_batches, uint8_batches
 from vistok.eval.protocol import EvalProtocol, save_result, table_by_tokens
-from vistok.eval.reconstruction import measure_reconstruction, picture_reconstruction
+from vistok.eval.reconstruction import (
+    check_steps,
+    measure_reconstruction,
+    picture_reconstruction,
+    table_by_steps,
+)
+from vistok.eval.reference import measure_reference
 from vistok.eval.report import read_losses, write_report
 from vistok.interfaces import NULL_CLASS, ClassCondition, Generator, SampleOptions, Tokenizer
 from vistok.pictures import labelled_grid, prefix_grid, rows_by_label, save_images, to_uint8
@@ -120,8 +126,8 @@ def test_reconstruction_improves_with_tokens_and_names_its_features():
     metrics = measure(Blocks(), [1, 8, 16], network=network)
     assert list(metrics["tokens"]) == ["1", "8", "16"]
     rows = list(metrics["tokens"].values())
-    assert set(rows[0]) == {"psnr_db", "ssim", "rFID (digits-cnn features)", "class_accuracy"}
-    for name, better in (("psnr_db", 1), ("ssim", 1), ("rFID (digits-cnn features)", -1)):
+    assert set(rows[0]) == {"psnr_db", "ssim", "rFID-64 (digits-cnn features)", "class_accuracy"}
+    for name, better in (("psnr_db", 1), ("ssim", 1), ("rFID-64 (digits-cnn features)", -1)):
         values = [better * row[name] for row in rows]
         assert values == sorted(values), name
     originals = digits("val", 64)
@@ -167,28 +173,41 @@ def test_decoder_noise_is_the_same_for_every_prefix():
     assert torch.equal((noisy[4].float() - clean[4])[middle], (noisy[16].float() - clean[16])[middle])
 
 
-def generation_metrics(samples, class_ids, **options):
-    train, val = load_data("digits", "train", 16), load_data("digits", "val", 16)
-    sets = samples if isinstance(samples, list) else [(16, samples)]
-    return measure_generation(sets, class_ids, train, val, load_features("digits"), **options)
+def generation_metrics(samples, class_ids, reference=None):
+    """``samples``: images, or pairs of a number of tokens and images."""
+    sets = samples if isinstance(samples, list) else [("16", samples)]
+    network = load_features("digits")
+    reference = reference or measure_reference(load_data("digits", "train", 16), network)
+    batches = [(dict(sets), class_ids)]
+    val = load_data("digits", "val", 16)
+    return measure_generation(batches, len(class_ids), reference, network, uint8_batches(val, 100), len(val))
 
 
 def test_generation_of_memorised_images():
     """Training images as samples: perfect in every respect but one."""
     dataset = load_data("digits", "train", 16)
-    metrics = generation_metrics(
-        to_uint8(digits("train", 100)), torch.tensor([dataset.get(index)["label"] for index in range(100)])
-    )
+    classes = torch.tensor([dataset.get(index)["label"] for index in range(100)])
+    metrics = generation_metrics(to_uint8(digits("train", 100)), classes)
     samples, real = metrics["tokens"]["16"], metrics["held_out"]
-    assert samples["copies_share"] == 1.0
-    assert real["copies_share"] == 0.01
     assert samples["class_accuracy"] > 0.99
-    assert samples["precision (digits-cnn features)"] > 0.7
+    assert samples["precision-100 (digits-cnn features)"] == 1.0
     assert real["class_accuracy"] >= 0.97
-    assert list(real) == list(samples)
-    assert {"gFID (digits-cnn features)", "recall (digits-cnn features)"} <= set(real)
+    assert len(real) == len(samples)
+    assert {"gFID-297 (digits-cnn features)", "recall-297 (digits-cnn features)"} <= set(real)
     assert metrics["counts"] == {"samples": 100, "held_out": 297, "reference": 1500}
-    assert metrics["copies_threshold_l2"] > 0
+
+
+def copies(samples):
+    held_out = to_uint8(digits("val", 297))
+    return measure_copies(samples, held_out, uint8_batches(load_data("digits", "train", 16), 400))
+
+
+def test_copies_are_counted_for_each_number_of_tokens():
+    noise = torch.randint(0, 256, (60, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    shares, threshold = copies({"1": noise, "16": to_uint8(digits("train", 60)), "4": to_uint8(digits("val", 60))})
+    assert (shares["1"], shares["16"]) == (0.0, 1.0)
+    assert shares["4"] < 0.1
+    assert threshold > 0
 
 
 def test_generation_of_noise_and_of_one_image():
@@ -196,54 +215,50 @@ def test_generation_of_noise_and_of_one_image():
     noise = torch.randint(0, 256, (100, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     metrics = generation_metrics(noise, classes)
     bad, real = metrics["tokens"]["16"], metrics["held_out"]
-    assert bad["gFID (digits-cnn features)"] > 10 * real["gFID (digits-cnn features)"]
-    assert bad["recall (digits-cnn features)"] == 0
-    assert bad["copies_share"] == 0.0
+    assert bad["gFID-100 (digits-cnn features)"] > 10 * real["gFID-297 (digits-cnn features)"]
+    assert bad["KID-100 (digits-cnn features)"] > 10 * abs(real["KID-297 (digits-cnn features)"])
+    assert bad["recall-100 (digits-cnn features)"] == 0
     assert bad["class_accuracy"] < 0.3
     one = to_uint8(digits("val", 1)).expand(100, -1, -1, -1)
     collapsed = generation_metrics(one, classes)["tokens"]["16"]
-    assert collapsed["recall (digits-cnn features)"] < 0.05
+    assert collapsed["recall-100 (digits-cnn features)"] < 0.05
+    assert collapsed["IS-100 (digits-cnn features)"] == pytest.approx(1, abs=1e-6)
     assert collapsed["class_accuracy"] == 0.1
 
 
-def test_generation_without_classes_has_no_accuracy():
+def test_real_images_have_their_own_count_in_the_table():
     metrics = generation_metrics(to_uint8(digits("val", 8)), balanced_classes(8, 0))
     assert "class_accuracy" not in metrics["tokens"]["16"]
-    columns, rows = table_by_tokens(metrics)
+    columns, (samples, real) = table_by_tokens(metrics)
     assert columns == ["tokens", *metrics["tokens"]["16"]]
-    assert [name for name, *_ in rows] == ["16", "real held-out images (N=297)"]
-    assert [float(value) for value in rows[1][1:]] == pytest.approx(list(metrics["held_out"].values()), rel=1e-3)
-    with pytest.raises(UserError, match="more than 3 images"):
-        generation_metrics(to_uint8(digits("val", 3)), balanced_classes(3, 10))
+    assert (samples[0], real[0]) == ("16", "real held-out images (N=297)")
+    assert all(cell.endswith(" (N=297)") for cell in real[1:]), "no figure of 297 images passes for one of 8"
+    assert [float(cell.split()[0]) for cell in real[1:]] == pytest.approx(list(metrics["held_out"].values()), rel=1e-3)
 
 
-def test_counting_copies_can_be_skipped():
-    samples, classes = to_uint8(digits("val", 8)), balanced_classes(8, 10)
-    full, quick = (generation_metrics(samples, classes, copies=copies) for copies in (True, False))
-    assert "copies_threshold_l2" not in quick
-    full, quick = full["tokens"]["16"], quick["tokens"]["16"]
-    assert full.items() - quick.items() == {("copies_share", full["copies_share"])}
+def test_sets_too_small_for_the_neighbours_are_refused():
+    with pytest.raises(UserError, match="more than 3 images of each kind, got 3 samples, 1500 reference"):
+        check_counts(samples=3, reference=1500)
+    check_counts(samples=4, reference=None)
 
 
 def test_generation_from_several_numbers_of_tokens():
-    """Each row is what its set has alone, and sets are read one at a time where they need not be kept."""
+    """Each row is what its set has alone, in whatever batches it comes."""
     classes = balanced_classes(60, 10)
     noise = torch.randint(0, 256, (60, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    sets = [(1, noise), (16, to_uint8(digits("train", 60)))]
-    together = generation_metrics(sets, classes)
+    sets = [("1", noise), ("16", to_uint8(digits("train", 60)))]
+    network = load_features("digits")
+    reference = measure_reference(load_data("digits", "train", 16), network)
+    together = generation_metrics(sets, classes, reference)
     assert list(together["tokens"]) == ["1", "16"]
     for length, images in sets:
-        alone = generation_metrics([(length, images)], classes)
-        assert together["tokens"][str(length)] == alone["tokens"][str(length)]
+        alone = generation_metrics([(length, images)], classes, reference)
+        assert together["tokens"][length] == alone["tokens"][length]
         assert together["held_out"] == alone["held_out"]
-    assert [row["copies_share"] for row in together["tokens"].values()] == [0.0, 1.0]
-
-    events = []
-    lazily = (events.append(length) or (length, images) for length, images in sets)
-    train, val, network = load_data("digits", "train", 16), load_data("digits", "val", 16), load_features("digits")
-    rows = measure_generation(lazily, classes, train, val, network, copies=False, progress=events.append)["tokens"]
-    assert events[-2:] == [1, 16]
-    assert rows["1"].items() < together["tokens"]["1"].items()
+    batches = [({name: images[rows] for name, images in sets}, classes[rows]) for rows in torch.arange(60).split(7)]
+    pieces = measure_generation(batches, 60, reference, network)
+    for length in ("1", "16"):
+        assert pieces["tokens"][length] == pytest.approx(together["tokens"][length], rel=1e-4)
 
 
 def test_a_shorter_sample_is_a_prefix_of_a_longer_one():
@@ -295,11 +310,33 @@ def test_a_data_set_may_check_its_reconstructions():
     dataset = Black()
     assert isinstance(dataset, CheckableDataset)
     assert not isinstance(load_data("digits", "val", 16), CheckableDataset)
-    metrics = measure_reconstruction(
-        Reddening(), image_batches(dataset, 3), None, [4, 16], agreement=dataset.agreement
-    )["tokens"]
+    metrics = measure_reconstruction(Reddening(), image_batches(dataset, 3), None, [4, 16], checked=dataset)["tokens"]
     assert {name: metrics["4"][name] for name in ("red", "index")} == {"red": 0.0, "index": 3.0}
     assert {name: metrics["16"][name] for name in ("red", "index")} == {"red": 1.0, "index": 3.0}
+
+
+def test_a_flow_is_measured_for_each_number_of_steps():
+    class Steps(Blocks):
+        def decode(self, tokens, rng=None, noise=0.0, steps=2, mirror=False):
+            return super().decode(tokens, rng, noise) * (1 - 0.5**steps)
+
+    batches = image_batches(load_data("digits", "val", 16), 20, count=30)
+    metrics = measure_reconstruction(Steps(), batches, None, [8, 16], decode_options={"steps": 3}, steps=[1, 3, 9])
+    assert list(metrics["steps"]) == ["1", "3", "9"]
+    values = [row["psnr_db"] for row in metrics["steps"].values()]
+    assert values == sorted(values) and values[1] == metrics["tokens"]["16"]["psnr_db"]
+    assert metrics["counts"] == {"images": 30}
+    columns, rows = table_by_steps(metrics)
+    assert columns == ["steps", "psnr_db", "ssim"] and [row[0] for row in rows] == ["1", "3", "9"]
+
+
+def test_steps_are_for_decoders_that_take_them():
+    assert check_steps(Blocks(), [4, 1, 4]) == [1, 4]
+    assert check_steps(Blocks(), None) == []
+    with pytest.raises(UserError, match="--steps: VQGAN decodes without steps"):
+        check_steps(make_tokenizer("vqgan"), [1])
+    with pytest.raises(UserError, match="--steps: at least 1, got 0"):
+        check_steps(Blocks(), [0, 2])
 
 
 def test_curves_have_a_panel_for_each_metric(tmp_path):

@@ -15,6 +15,7 @@ from vistok.data.shapes import Scene, SceneObject, render
 from vistok.errors import UserError
 from vistok.eval import detectors, geneval
 from vistok.eval.detectors import LearnedDetector, WorldDetector
+from vistok.eval.pretrained import summary_of
 from vistok.geneval_rules import TASKS, Detection, Rules, counted, faults, relations, spread
 from vistok.pictures import to_uint8
 
@@ -394,12 +395,12 @@ def test_a_color_is_the_nearest_of_the_mean_sentences(folders):
     said = namer(image, boxes)
     for box, color in zip(boxes, said):
         vision = namer.processor(images=image.crop(tuple(map(int, box.box))), return_tensors="pt")
-        a = detectors._projected(namer.model.get_image_features(**vision))[0]
+        a = summary_of(namer.model.get_image_features(**vision))[0]
         similarity = {}
         for name in detectors.COLORS:
             texts = [f"a photo of a {name} cat", f"a photo of a {name}-colored cat", f"a photo of a {name} object"]
             rows = [namer.processor(text=[text], return_tensors="pt") for text in texts]
-            features = [detectors._projected(namer.model.get_text_features(**row))[0] for row in rows]
+            features = [summary_of(namer.model.get_text_features(**row))[0] for row in rows]
             mean = torch.stack([feature / feature.norm() for feature in features]).mean(0)
             similarity[name] = (a @ mean / mean.norm()).item()
         assert max(similarity, key=similarity.get) == color

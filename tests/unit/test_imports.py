@@ -31,7 +31,7 @@ ALLOWED = {
     "pipeline": BASE | {"pictures"},
     "published": {"errors", "tokens", "cli", "checkpoint", "config"},
     "data": BASE | {"pictures", "geneval_rules"},
-    "eval": BASE | {"data", "pictures", "pipeline", "geneval_rules"},
+    "eval": BASE | {"nn", "losses", "data", "pictures", "pipeline", "geneval_rules"},
     "discretize": BASE | {"data", "eval", "quantizers", "tokenizers"},
     "training": BASE | {"nn", "losses", "data", "eval", "pictures", "pipeline"},
 }

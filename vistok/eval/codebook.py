@@ -46,13 +46,15 @@ class CodebookUsage(Metric):
         self.counts += torch.bincount(places, minlength=self.counts.numel()).view_as(self.counts).to(self.counts.device)
 
     def compute(self) -> dict[str, float]:
-        """``usage`` in [0, 1], ``entropy_bits`` and ``perplexity``: means over slots.
+        """``usage`` in [0, 1], ``entropy_bits`` and ``perplexity``: means over slots; ``codes`` are the window.
 
+        The window is the number of codes of each slot that were counted: few codes cannot use a large vocabulary, so
+        figures compare only over windows of one size.
         With several slots there is also ``slot_0/usage`` and so on for each one, with several scales
         ``scale_4x4/usage`` and so on (means over slots).
         """
         slots = self._slots(self.counts.sum(dim=0))
-        figures = _means(slots)
+        figures = _means(slots) | {"codes": self.counts[:, : self.vocab_sizes[0]].sum().item()}
         if len(slots) > 1:
             figures |= {f"slot_{i}/{name}": value for i, slot in enumerate(slots) for name, value in slot.items()}
         for scale, counts in zip(self.scales, self.counts):
@@ -65,12 +67,14 @@ class CodebookUsage(Metric):
 
 def describe(figures: Mapping[str, float]) -> list[str]:
     """Figures of :meth:`CodebookUsage.compute` in words: a line for all codes together, one for each scale."""
+    figures = dict(figures)
+    window = f" over {figures.pop('codes')} codes" if "codes" in figures else ""  # of an older result
     lines: dict[str, list[str]] = {}
     for name, value in figures.items():
         part, _, figure = name.rpartition("/")
         if not part.startswith("slot_"):
             lines.setdefault(part.replace("scale_", ", scale "), []).append(f"{figure} {number(value)}")
-    return [f"codebook{part}: {', '.join(figures)}" for part, figures in lines.items()]
+    return [f"codebook{part or window}: {', '.join(figures)}" for part, figures in lines.items()]
 
 
 def _means(slots: list[dict[str, float]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Curves as PNG files: losses against updates, metrics against the number of tokens."""
+"""Curves as PNG files: losses against updates, metrics against the number of tokens or steps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from vistok.checkpoint import write_atomically
+from vistok.eval.protocol import of_figure
 
 
 def plot_losses(curves: dict[str, dict[str, tuple[list[float], list[float]]]], path: Path) -> None:
@@ -22,39 +23,42 @@ def plot_losses(curves: dict[str, dict[str, tuple[list[float], list[float]]]], p
     _save(figure, path)
 
 
-def plot_by_tokens(tokens: dict[str, dict[str, float]], path: Path, real: dict[str, float] | None = None) -> None:
-    """One panel for each metric, against the number of tokens on a logarithmic axis.
+def plot_by_tokens(
+    rows: dict[str, dict[str, float]], path: Path, real: dict[str, float] | None = None, axis: str = "tokens"
+) -> None:
+    """One panel for each metric, against the number of tokens, or of steps, on a logarithmic axis.
 
     Args:
-        tokens: metrics by name, by the number of tokens.
+        rows: metrics by name, by the number of tokens.
         path: the file.
         real: the same metrics of real images, as a dashed line; None without them.
+        axis: what the numbers count.
     """
-    lengths = [int(length) for length in tokens]
-    names = list(tokens[str(lengths[0])])
+    counts = [int(count) for count in rows]
+    names = list(rows[str(counts[0])])
     columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.7 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.7 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, name in zip(panels, names):
-        axes.plot(lengths, [row[name] for row in tokens.values()], marker="o", markersize=4)
-        if real is not None:
-            axes.axhline(real[name], color="gray", linestyle="--", label="real held-out images")
+        axes.plot(counts, [row[name] for row in rows.values()], marker="o", markersize=4)
+        if real is not None and (value := of_figure(real, name)) is not None:
+            axes.axhline(value, color="gray", linestyle="--", label="real held-out images")
             axes.legend(fontsize="x-small")
         axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, map(str, lengths))
+        axes.set_xticks(counts, map(str, counts))
         axes.minorticks_off()
         axes.set_title(name, fontsize="medium")
-        axes.set_xlabel("tokens")
+        axes.set_xlabel(axis)
         axes.grid(alpha=0.3)
     for axes in panels[len(names) :]:
         axes.remove()
     _save(figure, path)
 
 
-def curve_of(result: Path) -> Path:
+def curve_of(result: Path, axis: str = "tokens") -> Path:
     """Where the curve of a result file lies: beside it."""
-    return result.with_name(f"{result.stem}_by_tokens.png")
+    return result.with_name(f"{result.stem}_by_{axis}.png")
 
 
 def _save(figure: Figure, path: Path) -> None:

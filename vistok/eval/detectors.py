@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from torchvision.ops import clip_boxes_to_image, masks_to_boxes
 
 from vistok.checkpoint import module_hash
 from vistok.data.datamodule import PromptedDataset
-from vistok.errors import UserError, first_line
+from vistok.errors import UserError
+from vistok.eval.pretrained import from_folder, load_pretrained, summary_of
 from vistok.geneval_rules import Box, Detection, Entry, Rules
 from vistok.pictures import to_pil
 
@@ -111,7 +112,7 @@ class LearnedDetector:
         import transformers  # slow to import
 
         self.device = device
-        config = _from_folder(transformers.AutoConfig, source, "--detector")
+        config = from_folder(transformers.AutoConfig, source, "--detector")
         families = (
             (transformers.MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING, transformers.AutoProcessor, self._named),
             (transformers.MODEL_FOR_OBJECT_DETECTION_MAPPING, transformers.AutoImageProcessor, self._boxes),
@@ -128,8 +129,8 @@ class LearnedDetector:
                 "GenEval's 0.3 and 0.9 are those of Mask2Former"
             )
         self.rules = Rules(**thresholds)  # type: ignore[arg-type]
-        self.model = _load(models[type(config)], source, "--detector", device)
-        self.processor = _from_folder(processors, source, "--detector")
+        self.model = load_pretrained(models[type(config)], source, "--detector", device)
+        self.processor = from_folder(processors, source, "--detector")
         self._find = find
         # Classes of COCO that the training images do not have are called N/A.
         self.names = {index: GENEVAL_NAMES.get(name, name) for index, name in self.model.config.id2label.items()}
@@ -221,8 +222,8 @@ class ColorNamer:
         from transformers import AutoProcessor, CLIPModel
 
         self.device = device
-        self.model = _load(CLIPModel, source, "--color-model", device)
-        self.processor = _from_folder(AutoProcessor, source, "--color-model")
+        self.model = load_pretrained(CLIPModel, source, "--color-model", device)
+        self.processor = from_folder(AutoProcessor, source, "--color-model")
         self._classifiers: dict[str, Float[Tensor, "10 D"]] = {}
 
     @torch.no_grad()
@@ -230,7 +231,7 @@ class ColorNamer:
         """The likeliest colour of each object, all of one class."""
         crops = [crop(image, detection) for detection in found]
         inputs = self.processor(images=crops, return_tensors="pt").to(self.device)
-        features = F.normalize(_projected(self.model.get_image_features(**inputs)), dim=-1)
+        features = F.normalize(summary_of(self.model.get_image_features(**inputs)), dim=-1)
         return [COLORS[index] for index in (features @ self._classifier(found[0].name).T).argmax(dim=1).tolist()]
 
     def _classifier(self, name: str) -> Float[Tensor, "10 D"]:
@@ -238,7 +239,7 @@ class ColorNamer:
         if name not in self._classifiers:
             texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
             inputs = self.processor(text=texts, return_tensors="pt", padding=True).to(self.device)
-            features = F.normalize(_projected(self.model.get_text_features(**inputs)), dim=-1)
+            features = F.normalize(summary_of(self.model.get_text_features(**inputs)), dim=-1)
             means = features.unflatten(0, (len(COLORS), len(TEMPLATES))).mean(dim=1)
             self._classifiers[name] = F.normalize(means, dim=-1)
         return self._classifiers[name]
@@ -290,37 +291,3 @@ def _class_of(phrase: str, wanted: list[str]) -> str:
 def _box(box: Float[Tensor, " 4"]) -> Box:
     left, top, right, bottom = box.tolist()
     return left, top, right, bottom
-
-
-def _projected(output: Any) -> Float[Tensor, "N D"]:
-    """Features in the space that images and texts share; transformers 5 returns them in a record."""
-    return getattr(output, "pooler_output", output)
-
-
-def _load(kind: Any, source: str, flag: str, device: torch.device | str) -> Any:
-    """A whole model: transformers itself would fill in what is missing with noise."""
-    model, report = _from_folder(kind, source, flag, output_loading_info=True)
-    if lacking := sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]):
-        raise UserError(
-            f"{flag} {source} lacks {len(lacking)} weights of a {type(model).__name__}, such as {lacking[0]}"
-        )
-    return model.to(device).eval().requires_grad_(False)
-
-
-def _from_folder(kind: Any, source: str, flag: str, **options: Any) -> Any:
-    """``kind.from_pretrained``, without the network for a folder."""
-    import transformers
-
-    needed = (
-        "(needed: a folder as transformers saves it, with config.json, preprocessor_config.json and model.safetensors, "
-        "or OWNER/REPOSITORY of the Hugging Face hub)"
-    )
-    path = Path(source)
-    if not path.is_dir() and (path.is_absolute() or len(path.parts) != 2):
-        raise UserError(f"{flag}: no such folder: {source} {needed}")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        return kind.from_pretrained(source, local_files_only=path.is_dir(), **options)
-    except Exception as error:  # transformers raises whatever its parsers and its transport do
-        raise UserError(f"{flag} {source} cannot be read: {first_line(error)} {needed}") from None

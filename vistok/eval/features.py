@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
-from torchmetrics.image.fid import NoTrainInceptionV3
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d, FeatureExtractorInceptionV3
 
 from vistok.checkpoint import load_strictly, load_weights
 from vistok.errors import UserError
@@ -38,18 +39,35 @@ class FeatureNetwork(nn.Module, ABC):
     Attributes:
         name: how reports call it.
         sha256: of its weight file.
+        resize: how it brings images to its own size.
         num_features: F.
+        num_spatial: S, or 0 without a layer for sFID.
+        num_logits: K of :meth:`layers`, or 0 without classes for the Inception score.
         heads: number of classes of each classification head, by name; empty without classes.
     """
 
     name: str
     sha256: str
+    resize: str
     num_features: int
+    num_spatial: int = 0
+    num_logits: int
     heads: dict[str, int]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a protocol says about the network."""
+        return {"name": self.name, "sha256": self.sha256, "resize": self.resize, "dtype": "float32"}
 
     @abstractmethod
     def features(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
         """Feature vectors of uint8 images of any size."""
+
+    def layers(self, images: UInt8[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, "B ..."]]:
+        """All that metrics look at, from one pass: ``pool`` ``(B, F)``; where the network has them, ``spatial``
+        ``(B, S)`` for sFID and ``logits`` ``(B, K)`` for the Inception score."""
+        pool = self.features(images)
+        return {"pool": pool, **({"logits": self.logits(pool)["class"]} if self.num_logits else {})}
 
     def logits(self, features: Float[Tensor, "B F"]) -> dict[str, Float[Tensor, "B K"]]:
         """Logits of each head in ``heads``, from features."""
@@ -76,6 +94,7 @@ class SmallCNN(FeatureNetwork):
     def __init__(self, name: str, size_px: int, widths: tuple[int, ...], num_features: int, heads: dict[str, int]):
         super().__init__()
         self.name, self.size_px, self.num_features, self.heads = name, size_px, num_features, heads
+        self.resize, self.num_logits = f"bilinear with antialiasing to {size_px} px", heads.get("class", 0)
         stages: list[nn.Module] = []
         for width_in, width in zip((3, *widths[:-1]), widths, strict=True):
             stages += [*_conv(width_in, width), *_conv(width, width), nn.MaxPool2d(2)]
@@ -110,19 +129,36 @@ class Inception(FeatureNetwork):
     """
 
     name = "inception"
+    resize = "TensorFlow 1 bilinear to 299 px (no antialiasing, no half-pixel centres)"
     num_features = 2048
+    spatial_channels = 7
+    num_spatial = spatial_channels * 17 * 17
+    num_logits = 1008
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.heads = {}
         self.sha256 = _check_inception_file(path)
-        # torchmetrics' default resize (antialias=True) is not the field's.
-        self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)
+        self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
+        # The same function in fewer passes over memory; features move by rounding only.
+        for block in self.network.modules():
+            if isinstance(block, BasicConv2d):
+                block.conv, block.bn = fuse_conv_bn_eval(block.conv, block.bn), nn.Identity()
+        self.network.to(memory_format=torch.channels_last)
 
-    @_without_tf32
     def features(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 2048"]:
         """Pool features."""
-        return self.network(images)
+        return self.layers(images)["pool"]
+
+    @_without_tf32
+    def layers(self, images: UInt8[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, "B ..."]]:
+        """Pool features; ADM's spatial ones, the first 7 channels of ``mixed_6/conv`` after its ReLU, in the order
+        rows, columns, channels; logits without bias."""
+        found: list[Tensor] = []
+        with self.network.Mixed_6d.branch1x1.register_forward_hook(lambda block, inputs, output: found.append(output)):
+            pool, logits = self.network(images)
+        spatial = found[0][:, : self.spatial_channels].permute(0, 2, 3, 1).flatten(1)
+        return {"pool": pool, "spatial": spatial, "logits": logits}
 
 
 SMALL_NETWORKS: dict[str, dict[str, Any]] = {
@@ -169,7 +205,7 @@ def load_small(data: str, path: Path) -> SmallCNN:
     """The small network of a data set, from a weight file (stored in float16, computed in float32)."""
     network = SmallCNN(**SMALL_NETWORKS[data])
     load_strictly(network, load_weights(path), path)
-    network.sha256 = _sha256(path)
+    network.sha256 = sha256_of(path)
     return network.eval()
 
 
@@ -184,7 +220,7 @@ def _check_inception_file(path: Path) -> str:
             f"Inception weights not found at {str(path)!r}: get {INCEPTION_FILE} from the release v0.2.0 of "
             f"torch-fidelity (github.com/toshas/torch-fidelity) and give it as --features inception:PATH"
         )
-    digest = _sha256(path)
+    digest = sha256_of(path)
     if not digest.startswith(INCEPTION_SHA256_PREFIX):
         raise UserError(
             f"{path} is not {INCEPTION_FILE}: its SHA-256 starts with {digest[:8]}, not {INCEPTION_SHA256_PREFIX}"
@@ -199,6 +235,7 @@ def _check_inception_file(path: Path) -> str:
     return digest
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,77 +1,146 @@
 """Frechet distance between two sets of images in the space of a named feature network.
 
 Heusel et al. 2017 (arXiv:1706.08500), eq. 6. "FID" without a network and a number of images is not a measurement:
-:func:`metric_name` names the network, tables and results give the counts, and nothing here is called plain FID.
+:func:`metric_name` puts both into the name of the figure, and nothing here is called plain FID.
 """
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics import Metric
 
+from vistok.errors import UserError
 from vistok.eval.features import FeatureNetwork
 
-DEFINITION = "torchmetrics, float64 sums of float32 features (TF32 off)"
+DEFINITION = "Gaussians with covariance over N-1, float64 sums of float32 features (TF32 off)"
 
 FIELD_COUNT = 50_000
 """Images behind the numbers in papers; the estimate falls with the number of images."""
 
 
-class FrechetDistance(FrechetInceptionDistance):
-    """torchmetrics' FID, with sums in float64, added up over processes.
+class Gaussian(NamedTuple):
+    """Mean and covariance (over N-1) of features, float64, and of how many images; None where nobody says."""
+
+    mean: Float[Tensor, " F"]
+    covariance: Float[Tensor, "F F"]
+    num_images: Tensor | int | None
+
+
+class Moments(Metric):
+    """Mean and covariance of features, from sums in float64: memory does not grow with the number of images.
+
+    Added up over processes.
+
+    Args:
+        num_features: F.
+    """
+
+    full_state_update = False
+    total: Float[Tensor, " F"]
+    products: Float[Tensor, "F F"]
+    count: Float[Tensor, ""]
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        for name, shape in (("total", (num_features,)), ("products", (num_features, num_features)), ("count", ())):
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, features: Float[Tensor, "B F"]) -> None:
+        """Add the features of a batch of images."""
+        features = features.double()
+        self.total += features.sum(0)
+        self.products += features.T @ features
+        self.count += len(features)
+
+    def compute(self) -> Gaussian:
+        """The Gaussian of all images.
+
+        Raises:
+            UserError: if there are fewer than two.
+        """
+        if self.count < 2:
+            raise UserError(f"a covariance needs two images at least, got {int(self.count)}")
+        mean = self.total / self.count
+        covariance = (self.products - self.count * torch.outer(mean, mean)) / (self.count - 1)
+        return Gaussian(mean, covariance, self.count.clone())
+
+
+class FrechetDistance(nn.Module):
+    """Frechet distance of two sets whose features come in batches.
 
     It takes features, so that one pass through a feature network serves every metric.
 
     Args:
         num_features: F.
-        keep_real: ``reset()`` keeps the real set, to measure several sets against it.
     """
-
-    def __init__(self, num_features: int, keep_real: bool = False) -> None:
-        super().__init__(feature=_Features(num_features), reset_real_features=not keep_real)
-        # torchmetrics learns the result's type in update(), which a process without images never calls.
-        self.orig_dtype = torch.float64
-
-    def update(self, features: Float[Tensor, "B F"], real: bool) -> None:
-        """Add a batch to the real set or to the other."""
-        super().update(features.double(), real)
-
-
-class _Features(nn.Module):
-    """The feature extractor of images that are features already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
-        self.num_features = num_features
+        self.real, self.fake = Moments(num_features), Moments(num_features)
 
-    def forward(self, features: Tensor) -> Tensor:
-        return features
+    def update(self, features: Float[Tensor, "B F"], real: bool) -> None:
+        """Add a batch to the real set or to the other."""
+        (self.real if real else self.fake).update(features)
+
+    def compute(self) -> Float[Tensor, ""]:
+        """The distance; :class:`UserError` if a set has fewer than two images."""
+        return frechet_distance(self.real.compute(), self.fake.compute())
 
 
-def metric_name(metric: str, network: FeatureNetwork) -> str:
-    """How to print a number that depends on features, e.g. ``gFID (digits-cnn features)``.
+def frechet_distance(one: Gaussian, other: Gaussian) -> Float[Tensor, ""]:
+    """Squared Frechet distance of two Gaussians, float64."""
+    # tr sqrt(A B) = tr sqrt(R' B R) with A = R R': symmetric, so it is faster and its roots are real. Fewer images than
+    # features leave the covariance without full rank; the directions that are zero would only bring in rounding.
+    narrow, wide = sorted((one, other), key=lambda gaussian: _or_infinite(gaussian.num_images))
+    variances, axes = torch.linalg.eigh(narrow.covariance)
+    there = variances > variances.max() * len(variances) * torch.finfo(torch.float64).eps
+    root = axes[:, there] * variances[there].sqrt()
+    overlap = torch.linalg.eigvalsh(root.T @ wide.covariance @ root).clamp(min=0).sqrt().sum()
+    shift = (one.mean - other.mean).square().sum()
+    return shift + one.covariance.trace() + other.covariance.trace() - 2 * overlap
+
+
+def _or_infinite(count: Tensor | int | None) -> float:
+    return math.inf if count is None else float(count)
+
+
+def metric_name(metric: str, network: FeatureNetwork, count: int) -> str:
+    """How to print a figure of a set of images, e.g. ``gFID-500 (digits-cnn features)``, or ``gFID-50k`` of 50,000.
 
     Args:
         metric: "rFID" for reconstructions against their originals, "gFID" for samples against a reference set.
         network: the feature network.
+        count: images in the set that is measured.
     """
-    return f"{metric} ({network.name} features)"
+    images = f"{count // 1000}k" if count % 1000 == 0 else str(count)
+    return f"{metric}-{images} ({network.name} features)"
 
 
-def fid_notes(network: FeatureNetwork, count: int, reference_count: int) -> list[str]:
-    """What a reader must know before comparing the number with another."""
-    smaller = min(count, reference_count)
+def fid_notes(network: FeatureNetwork, count: int, reference_count: int | None) -> list[str]:
+    """What a reader must know before comparing the number with another; the reference's count may be unknown."""
+    smaller = count if reference_count is None else min(count, reference_count)
     notes = []
-    if smaller < FIELD_COUNT:
+    if count < FIELD_COUNT:
+        against = "a reference of unknown size" if reference_count is None else str(reference_count)
         notes.append(
-            f"FID falls as the number of images grows: N={count} against {reference_count} does not compare with "
+            f"FID falls as the number of images grows: N={count} against {against} does not compare with "
             f"published numbers (N={FIELD_COUNT})."
         )
     if smaller <= network.num_features:
         notes.append(
-            f"{smaller} images cannot fill a covariance of {network.num_features} features: "
-            "this FID says little even among equals."
+            f"{smaller} images cannot fill a covariance of {network.num_features} features, at least "
+            f"{network.num_features + 1} are needed: this FID says little even among equals."
         )
     return notes
+
+
+def check_finite(name: str, gaussian: Gaussian) -> Gaussian:
+    """The same Gaussian; :class:`UserError` that begins with ``name`` if it holds a value that is no number."""
+    if not all(torch.isfinite(part).all() for part in gaussian[:2]):
+        raise UserError(f"{name}: mean or covariance holds values that are not finite")
+    return gaussian

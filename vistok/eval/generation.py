@@ -1,7 +1,7 @@
-"""How good and how varied samples are: gFID, precision, recall, class accuracy and the share of copies.
+"""How good and how varied samples are: FID, sFID, Inception score, KID, precision, recall, class accuracy, copies.
 
-gFID, precision and recall compare with real images of the reference split (the field's convention is the training
-set). The same numbers for real held-out images stand below them: what a perfect generator could reach here. An ordered
+FID, sFID, KID, precision and recall compare with a reference of real images (the field's convention is the training
+set). The same figures for real held-out images stand below them: what a perfect generator could reach here. An ordered
 code gives one row for each number of tokens that samples are decoded from. Samples are of all classes in turn, or of
 the captions of held-out images; whether they show what a text asks for is measured by :mod:`vistok.eval.geneval`.
 """
@@ -12,27 +12,34 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from vistok.data.datamodule import Dataset
 from vistok.errors import UserError
+from vistok.eval import inception_score, kid
 from vistok.eval.features import FeatureNetwork
-from vistok.eval.fid import DEFINITION, FrechetDistance, metric_name
-from vistok.eval.images import image_batches
+from vistok.eval.fid import DEFINITION, frechet_distance, metric_name
+from vistok.eval.image_statistics import ImageStatistics
 from vistok.eval.neighbours import copies_share, nearest_distance, precision_recall
+from vistok.eval.reference import MOST_IMAGES, Reference
 from vistok.interfaces import NULL_CLASS
-from vistok.pictures import to_uint8
-from vistok.rng import seeded_generator
 
-PRECISION_RECALL_K = 3
-PRECISION_RECALL_MOST = 10_000
+MOST_SAMPLES = 50_000
+NEIGHBOUR = 3
 COPIES_PERCENTILE = 1.0
 DEFINITIONS = {
     "fid": DEFINITION,
-    "precision_recall": f"k={PRECISION_RECALL_K}, equal numbers of both sets, at most {PRECISION_RECALL_MOST}",
+    "sfid": "as fid, of the first 7 channels of mixed_6/conv (Mixed_6d.branch1x1 after its ReLU) at 17 x 17 places",
+    "is": inception_score.SHUFFLED,
+    "adm_is": inception_score.ORDERED,
+    "kid": kid.DEFINITION,
+    "precision_recall": f"k={NEIGHBOUR}, at most {MOST_IMAGES} reference images, {MOST_SAMPLES} samples; float64",
     "copies": f"pixel L2 to the nearest reference image below percentile {COPIES_PERCENTILE:g} of held-out images",
 }
+
+Batch = tuple[UInt8[Tensor, "B 3 H W"], Int[Tensor, " B"]]
+"""Images and their classes, -1 where there is none."""
 
 
 def balanced_classes(count: int, num_classes: int) -> Int[Tensor, " N"]:
@@ -57,117 +64,130 @@ def captions(dataset: Dataset, count: int) -> list[str]:
 
 
 def measure_generation(
-    samples: Iterable[tuple[int, UInt8[Tensor, "N 3 H W"]]],
-    class_ids: Int[Tensor, " N"],
-    reference: Dataset,
-    held_out: Dataset,
+    samples: Iterable[tuple[dict[str, UInt8[Tensor, "B 3 H W"]], Int[Tensor, " B"]]],
+    count: int,
+    reference: Reference,
     network: FeatureNetwork,
+    held_out: Iterable[Batch] | None = None,
+    held_out_count: int = 0,
     seed: int = 0,
-    batch_size: int = 256,
-    workers: int = 0,
     device: torch.device | str = "cpu",
-    copies: bool = True,
-    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Compare samples with real images.
+    """Compare samples with real images; each batch is forgotten before the next one is read.
 
     Args:
-        samples: numbers of tokens, and what was made from that many. One set at a time is in memory, unless copies
-            are counted.
-        class_ids: the class each sample was asked to show; alike in all sets.
-        reference: real images that samples should resemble but not copy.
-        held_out: real images that are not in ``reference``.
+        samples: batches: by the number of tokens, the images made from that many; and the classes that they were asked
+            to show, -1 without one.
+        count: samples in all batches of one number of tokens.
+        reference: real images that samples should resemble.
         network: for features, and for class accuracy if it knows the classes.
-        seed: names the images drawn for precision and recall.
-        batch_size: images at a time.
-        workers: loader processes.
+        held_out: real images that are not in the reference; None without any.
+        held_out_count: how many there are.
+        seed: names the samples drawn for precision, recall and the kernel distance, where there are more than 50,000.
         device: where metrics are computed.
-        copies: count copies; the time grows with samples x reference images x pixels, and all are in memory.
-        progress: called with the number of images read since the last call.
 
     Returns:
-        ``{"tokens": {"1": {...}, ...}, "held_out": {...}, "counts": {...}, "copies_threshold_l2": ...}``, every set
-        with the same metrics; the threshold is a Euclidean distance of pixels in 0..255. Class accuracy is there if
-        every image has a class. Counts are those of ``samples`` of one set, ``held_out`` and ``reference`` images.
+        ``{"tokens": {"1": {...}, ...}, "held_out": {...}, "counts": {...}, "standard_deviations": {...}}``; names of
+        figures carry the number of images. Standard deviations are those of the Inception score over its parts and of
+        the kernel distance over its subsets. Class accuracy is there if every image has a class. Counts are those of
+        ``samples`` of one set, ``held_out`` and ``reference`` images.
 
     Raises:
         UserError: if a set is too small for a metric.
     """
-    count = len(class_ids)
-    if min(count, len(reference), len(held_out)) <= PRECISION_RECALL_K:
-        raise UserError(
-            f"generation metrics need more than {PRECISION_RECALL_K} images of each kind, got {count} samples, "
-            f"{len(reference)} reference and {len(held_out)} held-out images"
-        )
-    real, real_labels = _read(held_out, batch_size, workers)
-    if copies:
-        samples = list(samples)
-        pixels = torch.cat([real, *(images for _, images in samples)]).to(device)
-        nearest = torch.full((len(pixels),), torch.inf, dtype=torch.float64, device=device)
-    frechet = FrechetDistance(network.num_features, keep_real=True).to(device)
-    # The features of all of a big reference set would not fit in memory: precision and recall take a random part.
-    rng = seeded_generator("precision_recall", seed)
-    chosen = _draw(len(reference), min(PRECISION_RECALL_MOST, max(count, len(real))), rng)
-    chosen_features: list[Tensor] = []
-    seen = 0
-    for batch in image_batches(reference, batch_size, workers):
-        images = to_uint8(batch["image"]).to(device)
-        features = network.features(images)
-        frechet.update(features, real=True)
-        rows = torch.arange(seen, seen + len(images))
-        chosen_features.append(features[torch.isin(rows, chosen).to(device)])
-        if copies:
-            nearest = nearest.minimum(nearest_distance(pixels, images))
-        seen += len(images)
+    sets: dict[str, ImageStatistics] = {}
+
+    def add(name: str, total: int, images: Tensor, labels: Tensor) -> None:
+        if name not in sets:
+            sets[name] = ImageStatistics(network, total, MOST_SAMPLES, seed, device)
+        sets[name].update(images, labels)
+
+    for images, labels in held_out or ():
+        add("held_out", held_out_count, images, labels)
+    for by_length, labels in samples:
+        for length, images in by_length.items():
+            add(length, count, images, labels)
+    rows, deviations = {}, {}
+    for name, statistics in sets.items():
+        rows[name], deviations[name] = _compare(statistics, reference)
+    accuracies = {name: statistics.class_accuracy() for name, statistics in sets.items()}
+    for name, accuracy in accuracies.items():
+        if accuracy is not None and None not in accuracies.values():
+            rows[name]["class_accuracy"] = accuracy
+    metrics: dict[str, Any] = {"counts": {"samples": count, "reference": reference.count}}
+    if "held_out" in sets:
+        metrics |= {"held_out": rows.pop("held_out")}
+        metrics["counts"]["held_out"] = sets["held_out"].count
+    return {"tokens": rows, **metrics, "standard_deviations": deviations}
+
+
+def measure_copies(
+    samples: dict[str, UInt8[Tensor, "N 3 H W"]],
+    held_out: UInt8[Tensor, "M 3 H W"],
+    reference: Iterable[Batch],
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> tuple[dict[str, float], float]:
+    """Share of samples that lie nearer to a reference image than all but a hundredth of real held-out images do.
+
+    The time grows with samples x reference images x pixels, and all samples are in memory.
+
+    Args:
+        samples: by the number of tokens, equally many of each.
+        held_out: real images.
+        reference: real images that samples should not copy.
+        device: where distances are computed.
+        progress: called with the number of reference images read since the last call.
+
+    Returns:
+        The shares by number of tokens, and the threshold, a Euclidean distance of pixels in 0..255.
+    """
+    pixels = torch.cat([held_out, *samples.values()]).to(device)
+    nearest = torch.full((len(pixels),), torch.inf, dtype=torch.float64, device=device)
+    for images, _ in reference:
+        nearest = nearest.minimum(nearest_distance(pixels, images.to(device)))
         if progress:
             progress(len(images))
-
-    manifold = torch.cat(chosen_features)
-    labelled = "class" in network.heads and NULL_CLASS not in torch.cat([class_ids, real_labels])
-
-    def measure(images: UInt8[Tensor, "N 3 H W"], labels: Int[Tensor, " N"]) -> dict[str, float]:
-        features = torch.cat([network.features(rows.to(device)) for rows in images.split(batch_size)])
-        row = _compare(features, manifold, frechet, network, seed)
-        if labelled:
-            row["class_accuracy"] = network.count_right(features, labels) / len(features)
-        return row
-
-    tokens = {str(length): measure(images, class_ids) for length, images in samples}
-    metrics: dict[str, Any] = {"tokens": tokens, "held_out": measure(real, real_labels)}
-    metrics["counts"] = {"samples": count, "held_out": len(real), "reference": seen}
-    if copies:
-        of_real, *of_samples = nearest.split([len(real), *[count] * len(tokens)])
-        for row, distances in zip(tokens.values(), of_samples, strict=True):
-            row["copies_share"], metrics["copies_threshold_l2"] = copies_share(distances, of_real, COPIES_PERCENTILE)
-        metrics["held_out"]["copies_share"] = COPIES_PERCENTILE / 100
-    return metrics
+    of_real, *of_samples = nearest.split([len(held_out), *map(len, samples.values())])
+    found = [copies_share(distances, of_real, COPIES_PERCENTILE) for distances in of_samples]
+    return dict(zip(samples, (share for share, _ in found))), found[0][1]
 
 
-def _compare(
-    features: Float[Tensor, "N F"],
-    manifold: Float[Tensor, "M F"],
-    frechet: FrechetDistance,
-    network: FeatureNetwork,
-    seed: int,
-) -> dict[str, float]:
-    """Metrics of one set against the reference that ``frechet`` and ``manifold`` hold, whatever sets came before."""
-    rng = seeded_generator("precision_recall", seed)
-    frechet.reset()
-    frechet.update(features, real=False)
-    metrics = {metric_name("gFID", network): frechet.compute().item()}
-    count = min(len(features), len(manifold))
-    fake, real = (every[_draw(len(every), count, rng).to(every.device)] for every in (features, manifold))
-    for metric, value in precision_recall(real, fake, PRECISION_RECALL_K).items():
-        metrics[metric_name(metric, network)] = value
-    return metrics
+def check_counts(**counts: int | None) -> None:
+    """Raise UserError if a set of so many images is too small for precision and recall; None is not known."""
+    if any(count is not None and count <= NEIGHBOUR for count in counts.values()):
+        found = ", ".join(f"{count} {name}" for name, count in counts.items() if count is not None)
+        raise UserError(f"generation metrics need more than {NEIGHBOUR} images of each kind, got {found}")
 
 
-def _draw(total: int, count: int, rng: torch.Generator) -> Int[Tensor, " count"]:
-    """``count`` of ``total`` indices without replacement."""
-    return torch.randperm(total, generator=rng)[:count]
+def in_class_order(row: dict[str, float]) -> bool:
+    """Whether the two Inception scores of a row differ as they do where images are sorted by class."""
+    shuffled, ordered = (
+        [value for name, value in row.items() if name.startswith(start)] for start in ("IS-", "ADM-IS-")
+    )
+    return bool(shuffled) and ordered[0] < 0.9 * shuffled[0]
 
 
-def _read(dataset: Dataset, batch_size: int, workers: int) -> tuple[UInt8[Tensor, "N 3 H W"], Int[Tensor, " N"]]:
-    parts = [(to_uint8(batch["image"]), batch["label"]) for batch in image_batches(dataset, batch_size, workers)]
-    images, labels = zip(*parts, strict=True)
-    return torch.cat(images), torch.cat(labels)
+def _compare(statistics: ImageStatistics, reference: Reference) -> tuple[dict[str, float], dict[str, float]]:
+    """Figures of one set against the reference, and the standard deviations of those that have one."""
+    network, count = statistics.network, statistics.count
+    figures, deviations = {}, {}
+
+    def add(metric: str, value: float, deviation: float | None = None) -> None:
+        name = metric_name(metric, network, count)
+        figures[name] = value
+        if deviation is not None:
+            deviations[name] = deviation
+
+    gaussians = statistics.gaussians()
+    for layer, metric in (("pool", "gFID"), ("spatial", "sFID")):
+        if layer in gaussians and layer in reference.gaussians:
+            add(metric, frechet_distance(gaussians[layer], reference.gaussians[layer]).item())
+    for cut, score in statistics.inception_scores().items():
+        add({"shuffled": "IS", "ordered": "ADM-IS"}[cut], *score)
+    if reference.features is not None:
+        real, fake = reference.features.to(statistics.device), statistics.kept.to(statistics.device)
+        add("KID", *kid.kernel_distance(fake, real))
+        for metric, value in precision_recall(real, fake, NEIGHBOUR).items():
+            add(metric, value)
+    return figures, deviations

@@ -1,11 +1,30 @@
-"""Real images, each exactly once."""
+"""Images to measure, each exactly once: of a data set, or as they lie in a folder, in shards or in an ``.npz``."""
 
 from __future__ import annotations
 
+import io
+import warnings
+import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from vistok.data.datamodule import Dataset, make_loader, ordered_batches
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from vistok.cli import flag_for
+from vistok.data.datamodule import Dataset, load_data, make_loader, ordered_batches
+from vistok.data.images import ImageDataset, Record
+from vistok.data.transforms import center_crop, to_tensor
+from vistok.errors import UserError
+from vistok.pictures import to_uint8
+
+NPZ_IMAGES = "arr_0"
+GRAY = ("1", "L", "LA")
+GRAY_NOTE = "grayscale images are read as RGB with three equal channels"
 
 
 def image_batches(
@@ -33,3 +52,162 @@ def image_batches(
                 rows.append(row)
         if rows:
             yield {name: batch[name][rows] for name in ("image", "label", "position")}
+
+
+def uint8_batches(
+    dataset: Dataset, batch_size: int, workers: int = 0, count: int | None = None
+) -> Iterator[tuple[UInt8[Tensor, "B 3 H W"], Tensor]]:
+    """Images as metrics see them, and their labels, int64 ``(B,)``; the rest as :func:`image_batches`."""
+    for batch in image_batches(dataset, batch_size, workers, count):
+        yield to_uint8(batch["image"]), batch["label"]
+
+
+class StoredImages:
+    """A data set of images that are measured as they are stored, such as samples of another program.
+
+    Args:
+        images: of a folder or of shards.
+        size_px: crop and resize all images to this side as ADM does; None takes them as they are.
+
+    Raises:
+        UserError: if the first image is not square and none shall be cropped. Reading an image raises it if that is
+            corrupt, has more than 8 bits or another size than the first.
+    """
+
+    num_classes = 0
+
+    def __init__(self, images: ImageDataset, size_px: int | None = None) -> None:
+        self.images, self.crop = images, size_px is not None
+        self.class_names = images.class_names
+        self.size = self._read(0)[0].size if size_px is None else (size_px, size_px)
+        _check_square(images.source(0), self.size)
+        self.image_size_px = self.size[0]
+        preprocessing = "adm_center_crop" if self.crop else "none"
+        self.description = {"name": "stored images", "split": "all", "preprocessing": preprocessing}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def get(self, index: int, rng: torch.Generator | None = None) -> dict[str, Any]:
+        """Image ``index``, see :class:`~vistok.data.datamodule.Dataset`."""
+        image, record = self._read(index)
+        if self.crop:
+            image = center_crop(image, self.image_size_px)
+        if image.size != self.size:
+            raise UserError(
+                f"images of different size: {self.images.source(0)} has {_pixels(self.size)}, "
+                f"{self.images.source(index)} has {_pixels(image.size)}; --protocol adm{self.image_size_px} crops "
+                "all of them"
+            )
+        return {"image": to_tensor(image), "label": record.label, "text": record.text, "key": record.key}
+
+    def _read(self, index: int) -> tuple[Image.Image, Record]:
+        source = self.images.source(index)
+        try:
+            record = self.images.record(index)
+            with Image.open(io.BytesIO(record.data)) as image:
+                if image.mode.startswith(("I", "F")):
+                    raise UserError(f"{source} has more than 8 bits a channel: convert it first")
+                if image.mode in GRAY:
+                    warnings.warn(GRAY_NOTE, stacklevel=2)
+                return image.convert("RGB"), record
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            # Pillow's message names the buffer's address in memory.
+            what = "not an image" if isinstance(error, UnidentifiedImageError) else error
+            raise UserError(f"cannot read {source}: {what}; mend or remove it") from None
+
+
+class NpzImages:
+    """A data set of the images in an ADM-style ``.npz``: ``arr_0``, uint8 ``(N, H, W, 3)``.
+
+    They are read where they lie in the file, one after the other, unless the file is compressed.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: if the file is no such thing.
+    """
+
+    num_classes = 0
+
+    def __init__(self, path: Path) -> None:
+        self.class_names: list[str] = []
+        try:
+            self.array = _open_array(path)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} holds no images {NPZ_IMAGES!r} that can be read: {error}") from None
+        if self.array.ndim == 3 or (self.array.ndim == 4 and self.array.shape[3] == 1):
+            warnings.warn(GRAY_NOTE, stacklevel=2)
+            gray = self.array.reshape(*self.array.shape[:3], 1)
+            self.array = np.broadcast_to(gray, (*gray.shape[:3], 3))
+        if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
+            raise UserError(
+                f"{path}: {NPZ_IMAGES} must be uint8 (N, H, W, 3), it is {self.array.dtype} {self.array.shape}"
+            )
+        _check_square(str(path), self.array.shape[2:0:-1])
+        self.image_size_px = self.array.shape[1]
+        self.description = {"name": "stored images", "split": "all", "preprocessing": "none"}
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def get(self, index: int, rng: torch.Generator | None = None) -> dict[str, Any]:
+        """Image ``index``, see :class:`~vistok.data.datamodule.Dataset`."""
+        image = Image.fromarray(np.ascontiguousarray(self.array[index]))
+        return {"image": to_tensor(image), "label": -1, "text": "", "key": str(index)}
+
+
+def open_images(path: str, size_px: int | None = None) -> StoredImages | NpzImages:
+    """The images of a folder, of shards (``.tar`` files, or a folder of them) or of an ``.npz``.
+
+    Args:
+        path: where they are.
+        size_px: see :class:`StoredImages`; an ``.npz`` must have this size.
+
+    Raises:
+        UserError: if there are none, or they are not as the data sets above want them.
+    """
+    if path.endswith(".npz") and Path(path).is_file():
+        images = NpzImages(Path(path))
+        if size_px not in (None, images.image_size_px):
+            raise UserError(f"{path} holds images of {images.image_size_px} px, the protocol asks for {size_px}")
+        return images
+    if not path.endswith(".tar") and not Path(path).is_dir():
+        raise UserError(f"no images at {path!r}: give a folder, shards (.tar) or an .npz with {NPZ_IMAGES}")
+    with flag_for(", or set data.args.on_error=skip", ""):  # every sample counts
+        found = load_data(path, "val", size_px or 1, val_fraction=1.0)
+    if not isinstance(found, ImageDataset):
+        raise UserError(f"{path} holds codes or latents, not images")
+    return StoredImages(found, size_px)
+
+
+def _open_array(path: Path) -> np.ndarray:
+    """``arr_0``, mapped from the file where it is stored as it is; read where it is compressed."""
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{NPZ_IMAGES}.npy")
+        with archive.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, fortran, dtype = read_header(file)
+            header_bytes = file.tell()
+    if member.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
+        with np.load(path) as arrays:
+            return arrays[NPZ_IMAGES]
+    with path.open("rb") as file:
+        # The local header repeats the name and has an extra field of its own length.
+        file.seek(member.header_offset + 26)
+        name_bytes, extra_bytes = np.frombuffer(file.read(4), "<u2").tolist()
+    offset = member.header_offset + 30 + name_bytes + extra_bytes + header_bytes
+    return np.memmap(path, dtype, "r", offset, shape)
+
+
+def _check_square(source: str, size: tuple[int, ...]) -> None:
+    if size[0] != size[1]:
+        raise UserError(f"{source} has {_pixels(size)}: images must be square; --protocol admSIZE crops them")
+
+
+def _pixels(size: tuple[int, ...]) -> str:
+    return f"{size[0]} x {size[1]} px"

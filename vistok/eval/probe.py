@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from vistok.errors import UserError
 from vistok.interfaces import Autoencoder
@@ -35,11 +37,11 @@ def pooled_features(
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Float[Tensor, "N F"], Int[Tensor, " N"]]:
-    """Features and classes of images that have one.
+    """Features and classes of images that have one; those of all processes, on each of them.
 
     Args:
         model: in evaluation mode.
-        batches: of :func:`vistok.eval.images.image_batches`.
+        batches: of :func:`vistok.eval.images.image_batches`; of several processes, each one's share, at least one.
         pool: ``mean`` over positions, or all of them.
         options: of the model's ``features``.
         device: of the model.
@@ -57,7 +59,13 @@ def pooled_features(
         labels.append(batch["label"])
         if progress:
             progress(len(found))
-    return torch.cat(features), torch.cat(labels)
+    return _of_all_processes(torch.cat(features), device), _of_all_processes(torch.cat(labels), device)
+
+
+def _of_all_processes(rows: Tensor, device: torch.device | str) -> Tensor:
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows
+    return torch.cat(gather_all_tensors(rows.to(device))).cpu()
 
 
 def linear_probe(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ class EvalProtocol:
 
     Args:
         task: "reconstruction", "generation", "geneval" or "probe".
-        data: the dataset's own ``description``: which images, how cropped, resized and filtered.
+        data: the dataset's own ``description``: which images, and the rule (such as "adm_center_crop") that says how
+            they are cropped, with which filter they are resized.
         split: of the images reconstructed ("all" if none were held out), or held out when copies are counted.
         count: images reconstructed or sampled.
         image_size_px: side of the images that the metrics see.
@@ -32,8 +34,10 @@ class EvalProtocol:
         weights: "ema" or "raw", for each component that took part.
         settings: decode options, and sampling options or prefix lengths; of a probe, options of the features.
         seed: names the decoder's and the generator's noise.
-        features: ``{"name", "sha256"}`` of the feature network, or of GenEval's detector; empty without one.
-        reference: what distribution metrics compare with, or a probe was fitted to: ``{"images", "count", ...}``.
+        features: ``{"name", "sha256", "resize", "dtype"}`` of the feature network, or what identifies GenEval's
+            detector; empty without one. ``resize`` is how the network brings images to its own size.
+        reference: what distribution metrics compare with, or a probe was fitted to: ``{"images", "count", ...}`` with
+            the SHA-256 of its pixels, or that of a file of statistics.
         definitions: which variant of each metric was computed.
         models: export hashes of the components that were measured. Not in the fingerprint: two models under one
             protocol compare.
@@ -115,12 +119,33 @@ def number(value: float) -> str:
 
 
 def table_by_tokens(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the table of a result: numbers of tokens, then real images where they were measured too."""
+    """Columns and rows of the table of a result: numbers of tokens, then real images where they were measured too.
+
+    A figure of real images is in the column of the same figure of samples; where it is of another number of images,
+    this number stands beside it.
+    """
     rows = dict(metrics["tokens"])
-    if "held_out" in metrics:
-        rows[f"real held-out images (N={metrics['counts']['held_out']})"] = metrics["held_out"]
     columns = list(next(iter(rows.values())))
-    return ["tokens", *columns], [[name, *(number(row[column]) for column in columns)] for name, row in rows.items()]
+    table = [[name, *(number(row[column]) for column in columns)] for name, row in rows.items()]
+    if "held_out" in metrics:
+        count = metrics["counts"]["held_out"]
+        cells = []
+        for column in columns:
+            value = of_figure(metrics["held_out"], column)
+            same = column in metrics["held_out"]
+            cells.append("-" if value is None else number(value) + ("" if same else f" (N={count})"))
+        table.append([f"real held-out images (N={count})", *cells])
+    return ["tokens", *columns], table
+
+
+def of_figure(row: dict[str, float], name: str) -> float | None:
+    """The value of a figure in another row, whose name may carry another number of images; None if it is not there."""
+    return {_without_count(other): value for other, value in row.items()}.get(_without_count(name))
+
+
+def _without_count(name: str) -> str:
+    """``gFID (digits-cnn features)`` of ``gFID-500 (digits-cnn features)``."""
+    return re.sub(r"-\d+k?(?= \()", "", name)
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

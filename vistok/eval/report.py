@@ -12,12 +12,15 @@ from vistok.checkpoint import SPEC, write_text
 from vistok.errors import UserError
 from vistok.eval.codebook import describe
 from vistok.eval.curves import curve_of, plot_losses
-from vistok.eval.protocol import EvalProtocol, flatten, load_result, number, table_by_tokens
+from vistok.eval.protocol import EvalProtocol, flatten, load_result, number, of_figure, table_by_tokens
+from vistok.eval.reconstruction import table_by_steps
 
 Result = tuple[Path, EvalProtocol, dict[str, Any], dict[str, Any]]
 """Path below the run, protocol, metrics and circumstances of one result file."""
 
 PARTS = ("tokenizer", "generator")
+TASKS = ("reconstruction", "generation", "geneval", "probe")
+"""Names of the files that the commands of ``python -m vistok.eval`` write."""
 HEADLINES = ("class_accuracy", "recall", "copies_share", "gFID")
 LOSSES = "loss_curves.png"
 REPORT = "report.md"
@@ -40,7 +43,7 @@ def write_report(folder: Path) -> Path:
     """
     folder = Path(folder)
     curves = {part: read_losses(folder / part / "metrics.csv") for part in PARTS}
-    results = _results(folder)
+    results = read_results(folder)
     if not any(curves.values()) and not results:
         raise UserError(f"{folder}: nothing to report on (no metrics.csv in tokenizer/ or generator/, no results)")
     stages = _stages(folder, results)
@@ -84,14 +87,23 @@ def read_losses(path: Path) -> dict[str, tuple[list[float], list[float]]]:
     return curves
 
 
-def _results(folder: Path) -> list[Result]:
-    """Reconstruction first, then generation."""
-    files = [path for path in sorted(folder.rglob("*.json")) if '"fingerprint"' in path.read_text()]
+def read_results(folder: Path) -> list[Result]:
+    """The results below a run, reconstruction first, then generation.
+
+    Raises:
+        UserError: naming a file that is damaged, or of another version.
+    """
+    files = [path for path in sorted(folder.rglob("*.json")) if _is_result(path)]
     results = [(path.relative_to(folder), *load_result(path)) for path in files]
     for path, _, metrics, _ in results:
         if not {"tokens", "counts"} <= metrics.keys():
             raise UserError(f"{folder / path} was written by another version of vistok: measure again or remove it")
     return sorted(results, key=lambda result: result[1].task, reverse=True)
+
+
+def _is_result(path: Path) -> bool:
+    """By its name, which a damaged one keeps, or by what it says."""
+    return path.stem in TASKS or '"fingerprint"' in path.read_text(errors="replace")
 
 
 def _summary(results: list[Result], stages: list[tuple[str, float]]) -> list[str]:
@@ -118,10 +130,10 @@ def _summary(results: list[Result], stages: list[tuple[str, float]]) -> list[str
             ]
         else:
             counts = metrics["counts"]
-            rows.append([f"samples{of}: images measured", str(counts["samples"]), str(counts["held_out"])])
+            rows.append([f"samples{of}: images measured", str(counts["samples"]), str(counts.get("held_out", ""))])
             longest, row = list(metrics["tokens"].items())[-1]
             rows += [
-                [f"samples{of}: {name} from {_tokens(longest)}", number(value), number(metrics["held_out"][name])]
+                [f"samples{of}: {name} from {_tokens(longest)}", number(value), _of_real(metrics, name)]
                 for name, value in row.items()
                 if name.startswith(HEADLINES)
             ]
@@ -135,23 +147,28 @@ def _result_section(
     folder: Path, path: Path, protocol: EvalProtocol, metrics: dict[str, Any], run: dict[str, Any]
 ) -> list[str]:
     lines = [f"## {protocol.task.capitalize()} of {protocol.count} images", "", *_table(*table_by_tokens(metrics))]
+    if "steps" in metrics:
+        lines += _table(*table_by_steps(metrics))
     if metrics.get("codebook"):
         lines += [*(f"- {line}" for line in describe(metrics["codebook"])), ""]
     pictures = {protocol.task: path.with_suffix(".png")}
     if len(metrics["tokens"]) > 1:  # an older curve may lie beside a single count
         pictures[f"{protocol.task} by tokens"] = curve_of(path)
+    if "steps" in metrics:
+        pictures[f"{protocol.task} by steps"] = curve_of(path, "steps")
     for name, picture in pictures.items():
         if (folder / picture).is_file():
             lines += [f"![{name}]({picture})", ""]
     if "command" in run:
         spent = f"{run['seconds']:g} s, peak memory {run['peak_memory_mb']} MB, {run['device']}"
         lines += ["Measured by", "", "```", run["command"], "```", "", f"in {spent}.", ""]
-    lines += [f"Result file [{path}]({path}); protocol `{protocol.fingerprint}`: {_conditions(protocol)}.", ""]
+    lines += [f"Result file [{path}]({path}); protocol `{protocol.fingerprint}`: {conditions(protocol)}.", ""]
     lines += ["<details><summary>the whole protocol</summary>", "", "```json"]
     return [*lines, json.dumps(asdict(protocol), indent=2), "```", "", "</details>", ""]
 
 
-def _conditions(protocol: EvalProtocol) -> str:
+def conditions(protocol: EvalProtocol) -> str:
+    """The most important ones, in a line."""
     weights = ", ".join(f"{part} {which}" for part, which in protocol.weights.items())
     settings = ", ".join(f"{name} {value}" for name, value in flatten(protocol.settings).items() if value is not None)
     return (
@@ -159,6 +176,11 @@ def _conditions(protocol: EvalProtocol) -> str:
         f"{protocol.data.get('name', 'the data')}, weights: {weights}, features: "
         f"{protocol.features.get('name', 'none')}, seed {protocol.seed}, {settings}"
     )
+
+
+def _of_real(metrics: dict[str, Any], name: str) -> str:
+    value = of_figure(metrics.get("held_out", {}), name)
+    return "" if value is None else number(value)
 
 
 def _tokens(length: str) -> str:

@@ -1,0 +1,1 @@
+"""The commands of ``python -m vistok.eval``: each module has ``HELP``, ``EXAMPLES``, ``add_flags`` and ``run``."""

@@ -1,0 +1,323 @@
+"""``generation``: measure a generator, or images that exist, against real images."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+from tqdm import tqdm
+
+from vistok.checkpoint import export_hash, export_info, load_text_encoder
+from vistok.cli import add_data_flags, flag_for, positive_int
+from vistok.config import parse_overrides
+from vistok.data.datamodule import Dataset, load_images
+from vistok.errors import UserError
+from vistok.eval import generation
+from vistok.eval.commands.flags import (
+    add_features_flag,
+    add_generator_flags,
+    add_noise_flags,
+    add_place_flags,
+    adm_protocol,
+    features_of,
+    sample_options,
+    sampling_settings,
+)
+from vistok.eval.commands.output import save
+from vistok.eval.features import FeatureNetwork
+from vistok.eval.fid import fid_notes
+from vistok.eval.images import open_images, uint8_batches
+from vistok.eval.protocol import EvalProtocol
+from vistok.eval.reference import (
+    ImageFile,
+    Reference,
+    check_size,
+    holds_statistics,
+    load_reference,
+    measure_reference,
+)
+from vistok.interfaces import NULL_CLASS, ClassCondition
+from vistok.pictures import labelled_grid, rows_by_label, save_png
+from vistok.pipeline import (
+    Prompts,
+    check_guidance,
+    load_models,
+    prefix_lengths,
+    read_decode_options,
+    read_sample_options,
+    sample_prefixes,
+)
+
+HELP = "FID, sFID, IS, KID, precision, recall, class accuracy and copies of a generator or of images that exist"
+EXAMPLES = (
+    "python -m vistok.eval generation --checkpoint runs/demo/generator --data digits --count 500 --cfg-scale 2",
+    "python -m vistok.eval generation --checkpoint runs/demo/generator --data digits --tokens 1,2,4,8,16",
+    "python -m vistok.eval generation --images samples.npz --reference stats.npz --features inception:PATH",
+)
+DEFAULT_COUNT = 500
+PICTURED = 1000
+"""The picture shows samples among the first so many."""
+ALL_TOKENS = "all"
+
+
+@dataclass
+class Samples:
+    """What is measured.
+
+    Args:
+        batches: of images by the number of tokens they were made from, and of their classes.
+        count: images of each number of tokens.
+        image_size_px: their side.
+        labels: words for each image of the picture.
+        weights: see :class:`~vistok.eval.protocol.EvalProtocol`, as of the next two.
+        settings: of sampling and decoding.
+        models: hashes of the models that made them.
+        train: real images to compare with; None without ``--data``.
+        held_out: real images that are not among them.
+    """
+
+    batches: Iterator[tuple[dict[str, UInt8[Tensor, "B 3 H W"]], Int[Tensor, " B"]]]
+    count: int
+    image_size_px: int
+    labels: list[str]
+    weights: dict[str, str]
+    settings: dict[str, Any]
+    models: dict[str, str]
+    train: Dataset | None
+    held_out: Dataset | None
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=Path, metavar="DIR", help="run or export folder of a generator")
+    source.add_argument(
+        "--images",
+        metavar="PATH",
+        help="samples that exist: a folder, shards (.tar) or an ADM-style .npz; results go to PATH_eval",
+    )
+    add_data_flags(parser, required=False)
+    parser.add_argument(
+        "--reference",
+        metavar="PATH",
+        help="compare with this instead of the training split of --data: an .npz of the command reference, of ADM or "
+        "with mu and sigma, or real images as --images takes them",
+    )
+    parser.add_argument(
+        "--protocol", type=adm_protocol, metavar="admSIZE", help="crop and resize --images as ADM does, e.g. adm256"
+    )
+    add_features_flag(parser)
+    add_noise_flags(parser)
+    parser.add_argument(
+        "--count",
+        type=positive_int,
+        help="samples, of all classes or of val's captions in turn (default: 500, or all --images)",
+    )
+    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale; 1 is none (default: 1)")
+    add_generator_flags(parser)
+    parser.add_argument(
+        "--no-copies",
+        dest="copies",
+        action="store_false",
+        help="skip the share of copies (slow on big data, and all samples are in memory)",
+    )
+    add_place_flags(parser)
+
+
+@flag_for("data.args.", "--data-args ")
+def run(args: argparse.Namespace) -> None:
+    """Measure samples against real images."""
+    started = time.perf_counter()
+    if not (args.data or args.reference):
+        raise UserError("give real images to compare with: --data NAME or --reference PATH")
+    samples = _stored(args) if args.images else _generated(args)
+    network = features_of(args)
+    reference = _reference(args, samples, network)
+    generation.check_counts(samples=samples.count, reference=reference.count)
+    args.out = args.out or Path(f"{Path(args.images).with_suffix('')}_eval")
+    file = None if args.images else ImageFile(args.out, samples.image_size_px)
+    copies = args.copies and samples.train is not None
+    digest = hashlib.sha256()
+    shown: list[Tensor] = []
+    pixels: dict[str, list[Tensor]] = {}
+
+    def watched(bar: tqdm) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        for images, labels in samples.batches:
+            *_, longest = images.values()
+            digest.update(longest.numpy().tobytes())
+            if len(shown) < PICTURED:
+                shown.extend(longest)
+            if file:
+                file.write(longest)
+            if copies:
+                for length, rows in images.items():
+                    pixels.setdefault(length, []).append(rows)
+            yield images, labels
+            bar.update(len(labels))
+
+    held_out, held_out_count = None, 0
+    if samples.held_out is not None:
+        held_out, held_out_count = uint8_batches(samples.held_out, args.batch_size, args.workers), len(samples.held_out)
+        generation.check_counts(held_out=held_out_count)
+    with tqdm(total=samples.count, desc="sample" if file else "measure", unit="img", leave=False) as bar:
+        metrics = generation.measure_generation(
+            watched(bar), samples.count, reference, network, held_out, held_out_count, args.seed, args.device
+        )
+    if copies:
+        _add_copies(args, samples, {length: torch.cat(parts) for length, parts in pixels.items()}, metrics)
+    protocol = EvalProtocol(
+        task="generation",
+        data=samples.held_out.description if samples.held_out else {"name": "samples"},
+        split="val" if samples.held_out else "none",
+        count=samples.count,
+        image_size_px=samples.image_size_px,
+        quantised=True,
+        weights=samples.weights,
+        settings=samples.settings,
+        seed=args.seed,
+        features=network.identity,
+        reference=reference.description,
+        definitions=generation.DEFINITIONS,
+        models=samples.models | {"samples": digest.hexdigest()},
+    )
+    if file:
+        file.save(args.out / "samples.npz")
+    picture = torch.stack(shown[:PICTURED])
+    save_png(labelled_grid(*rows_by_label(picture, samples.labels[: len(picture)])), args.out / "generation.png")
+    *_, row = metrics["tokens"].values()
+    notes = fid_notes(network, samples.count, reference.count) + reference.notes()
+    if generation.in_class_order(row):
+        notes.append(
+            "ADM-IS is much lower than IS: the images seem to be sorted by class, which it does not allow for."
+        )
+    save(args, started, protocol, metrics, notes)
+
+
+def _generated(args: argparse.Namespace) -> Samples:
+    """Samples that are made while they are measured."""
+    if args.protocol:
+        raise UserError("--protocol is for --images: samples of a generator are measured as they are made")
+    options = sample_options(args, args.cfg_scale)
+    generator, tokenizer, tokenizer_path = load_models(args.checkpoint, args.tokenizer, args.device)
+    check_guidance(args.checkpoint, args.cfg_scale)
+    lengths = prefix_lengths(tokenizer.spec, args.tokens or [tokenizer.spec.num_positions])
+    size = tokenizer.spec.image_size_px
+    decode = read_decode_options(tokenizer, args.decode)
+    options = replace(options, extra=read_sample_options(generator, args.sampling))
+    train, held_out = _real(args, size)
+    if train and generator.num_classes and train.num_classes not in (0, generator.num_classes):
+        raise UserError(
+            f"{args.checkpoint} knows {generator.num_classes} classes, --data {args.data} has {train.num_classes}: "
+            "that is not the data it was trained on"
+        )
+    count = args.count or DEFAULT_COUNT
+    class_ids = generation.balanced_classes(count, generator.num_classes)
+    names = (train.class_names if train else []) or [str(index) for index in range(generator.num_classes)]
+    labels = [names[index] if index != NULL_CLASS else "" for index in class_ids.tolist()]
+    condition: ClassCondition | Prompts = ClassCondition(class_ids)
+    if generator.text_width:
+        if held_out is None:
+            raise UserError("a generator conditioned on text takes its captions from --data: give it too")
+        labels = generation.captions(held_out, count)
+        condition = Prompts(load_text_encoder(args.checkpoint, args.text_encoder, args.device), labels)
+
+    def batches() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        for start in range(0, count, args.batch_size):
+            rows = slice(start, start + args.batch_size)
+            made = sample_prefixes(
+                generator, tokenizer, condition[rows], options, lengths, args.seed, args.batch_size, decode, first=start
+            )
+            yield {str(length): images for length, images in made.items()}, class_ids[rows]
+
+    return Samples(
+        batches=batches(),
+        count=count,
+        image_size_px=size,
+        labels=labels,
+        weights={
+            "generator": export_info(args.checkpoint).get("weights", "unknown"),
+            "tokenizer": export_info(tokenizer_path).get("weights", "unknown"),
+        },
+        settings={
+            "tokens": lengths,
+            "sampling": sampling_settings(options),
+            "decode": decode,
+            **({"captions": "val in order"} if generator.text_width else {"classes": "balanced"}),
+        },
+        models={"generator": export_hash(args.checkpoint), "tokenizer": export_hash(tokenizer_path)},
+        train=train,
+        held_out=held_out,
+    )
+
+
+def _stored(args: argparse.Namespace) -> Samples:
+    """Samples that somebody has made; how is not known."""
+    for name in ("tokens", "tokenizer", "text_encoder", "sampling", "decode"):
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} is for --checkpoint: --images are measured as they are")
+    images = open_images(args.images, args.protocol)
+    count = args.count or len(images)
+    if count > len(images):
+        raise UserError(f"--count {count}: {args.images} holds {len(images)} images")
+    train, held_out = _real(args, images.image_size_px)
+
+    def batches() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        for rows, labels in uint8_batches(images, args.batch_size, args.workers, count):
+            yield {ALL_TOKENS: rows}, labels
+
+    return Samples(
+        batches=batches(),
+        count=count,
+        image_size_px=images.image_size_px,
+        labels=[""] * count,
+        weights={"samples": "unknown"},
+        settings={"sampling": "unknown", "preprocessing": images.description["preprocessing"]},
+        models={},
+        train=train,
+        held_out=held_out,
+    )
+
+
+def _real(args: argparse.Namespace, size: int) -> tuple[Dataset | None, Dataset | None]:
+    if not args.data:
+        return None, None
+    data_args = parse_overrides(args.data_args)
+    return load_images(args.data, "train", size, data_args), load_images(args.data, "val", size, data_args)
+
+
+def _reference(args: argparse.Namespace, samples: Samples, network: FeatureNetwork) -> Reference:
+    if args.reference and holds_statistics(Path(args.reference)):
+        with tqdm(desc="reference", unit="img", leave=False) as bar:
+            reference = load_reference(Path(args.reference), network, args.batch_size, args.device, bar.update)
+        check_size(samples.image_size_px, reference.image_size_px)
+        return reference
+    if args.reference:
+        images = open_images(args.reference)
+        check_size(samples.image_size_px, images.image_size_px)
+    dataset = images if args.reference else samples.train
+    assert dataset is not None
+    with tqdm(total=len(dataset), desc="reference", unit="img", leave=False) as bar:
+        return measure_reference(
+            dataset, network, args.seed, args.batch_size, args.workers, args.device, progress=bar.update
+        )
+
+
+def _add_copies(args: argparse.Namespace, samples: Samples, pixels: dict[str, Tensor], metrics: dict[str, Any]) -> None:
+    """Copies of the training images, beside the other figures."""
+    assert samples.train is not None and samples.held_out is not None
+    held_out = torch.cat([images for images, _ in uint8_batches(samples.held_out, args.batch_size, args.workers)])
+    reference = uint8_batches(samples.train, args.batch_size, args.workers)
+    with tqdm(total=len(samples.train), desc="copies", unit="img", leave=False) as bar:
+        shares, threshold = generation.measure_copies(pixels, held_out, reference, args.device, bar.update)
+    for length, share in shares.items():
+        metrics["tokens"][length]["copies_share"] = share
+    metrics["held_out"]["copies_share"] = generation.COPIES_PERCENTILE / 100
+    metrics["copies_threshold_l2"] = threshold

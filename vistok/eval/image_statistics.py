@@ -1,0 +1,82 @@
+"""What one pass over a set of images leaves behind for all generation metrics."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from vistok.eval.features import FeatureNetwork
+from vistok.eval.fid import Gaussian, Moments
+from vistok.eval.inception_score import InceptionScore, ordered_parts, shuffled_parts
+from vistok.rng import seeded_generator
+
+
+class ImageStatistics:
+    """Sums of features of a set of images, and the features of some of them.
+
+    Memory does not grow with the number of images, but for the features, of which at most ``most_kept`` are kept.
+
+    Args:
+        network: the feature network.
+        total: how many images will come; fewer may.
+        most_kept: features of so many images are kept, drawn at random where there are more.
+        seed: names the draw.
+        device: where images and sums live; the kept features are on the CPU.
+    """
+
+    def __init__(
+        self, network: FeatureNetwork, total: int, most_kept: int, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
+        self.network, self.device = network, device
+        widths = {"pool": network.num_features, "spatial": network.num_spatial}
+        self.moments = {layer: Moments(width).to(device) for layer, width in widths.items() if width}
+        self.parts = {"shuffled": shuffled_parts(total), "ordered": ordered_parts(total)}
+        self.scores = {
+            cut: InceptionScore(network.num_logits, int(parts.max()) + 1).to(device)
+            for cut, parts in self.parts.items()
+            if network.num_logits
+        }
+        self.kept_rows = draw(total, min(most_kept, total), seed)
+        self._kept = torch.empty(len(self.kept_rows), network.num_features)
+        self._num_kept = 0
+        self.count = self.labelled = self.right = 0
+
+    @torch.no_grad()
+    def update(self, images: UInt8[Tensor, "B 3 H W"], labels: Int[Tensor, " B"]) -> None:
+        """Add the next images; labels are -1 where there is no class."""
+        layers = self.network.layers(images.to(self.device))
+        rows = torch.arange(self.count, self.count + len(images))
+        for layer, moments in self.moments.items():
+            moments.update(layers[layer])
+        for cut, score in self.scores.items():
+            score.update(layers["logits"], self.parts[cut][rows])
+        kept = layers["pool"][torch.isin(rows, self.kept_rows).to(self.device)]
+        self._kept[self._num_kept : self._num_kept + len(kept)] = kept.cpu()
+        self._num_kept += len(kept)
+        self.labelled += int((labels >= 0).sum())
+        self.right += self.network.count_right(layers["pool"], labels)
+        self.count += len(images)
+
+    @property
+    def kept(self) -> Float[Tensor, "M F"]:
+        """Pool features of the images of ``kept_rows``, in order."""
+        return self._kept[: self._num_kept]
+
+    def gaussians(self) -> dict[str, Gaussian]:
+        """The Gaussian of each layer, ``pool`` and ``spatial``."""
+        return {layer: moments.compute() for layer, moments in self.moments.items()}
+
+    def inception_scores(self) -> dict[str, tuple[float, float]]:
+        """Mean and standard deviation of the Inception score ``shuffled`` and ``ordered``; empty without logits."""
+        return {cut: tuple(score.compute().tolist()) for cut, score in self.scores.items()}
+
+    def class_accuracy(self) -> float | None:
+        """Share of images that the network takes for their class; None unless each has one and it knows classes."""
+        known = "class" in self.network.heads and self.labelled == self.count
+        return self.right / self.count if known else None
+
+
+def draw(total: int, count: int, seed: int) -> Int[Tensor, " count"]:
+    """``count`` of ``total`` indices without replacement, in order."""
+    return torch.randperm(total, generator=seeded_generator("features", seed))[:count].sort().values
