@@ -27,7 +27,7 @@ demo: install  ## train FlexTok and a GPT on digits, sample, measure; results in
 	@$(BIN)/python -m vistok.eval report --run $(DEMO)
 
 test: install  ## run the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: install  ## ruff format --check, ruff check, mypy
 	$(BIN)/ruff format --check .
