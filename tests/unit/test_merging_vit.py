@@ -336,8 +336,11 @@ def test_features_of_a_vision_tower():
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("vit_pwee_patch16_reg1_gap_256", r"blocks.0 \(ParallelScalingBlock\): it has neither of attn and self_attn"),
-        ("vit_small_patch16_18x2_224", r"blocks.0 \(ParallelThingsBlock\): it has neither of attn and self_attn"),
+        (
+            "vit_pwee_patch16_reg1_gap_256",
+            r"blocks.0 \(ParallelScalingBlock\): it has none of attn, self_attn, attention",
+        ),
+        ("vit_small_patch16_18x2_224", r"blocks.0 \(ParallelThingsBlock\): it has none of attn, self_attn, attention"),
         ("beit_base_patch16_224", "tokens of Beit: it has no pool"),
         ("naflexvit_base_patch16_gap", "tokens of NaFlexVit: it has no patch_embed"),
         ("resnet18", "tokens of ResNet: it has neither blocks"),

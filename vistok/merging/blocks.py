@@ -1,4 +1,4 @@
-"""The two sublayers of a transformer block of someone else's model, found by what the block can do."""
+"""The two sublayers of a transformer block, of ours or of someone else's model, found by what the block can do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -18,17 +18,27 @@ from vistok.rng import seeded_generator
 
 
 class _Names(NamedTuple):
-    """Where a library keeps the parts of a block; ``keys`` is the module in the attention that gives its keys."""
+    """Where a library keeps the parts of a block.
+
+    Args:
+        norms: of the two sublayers.
+        attention: the first sublayer.
+        keys: the module in the attention that gives its keys.
+        mask: argument of block and attention.
+        may_mask: whether the blocks may be called with one, which then treats all patches alike.
+    """
 
     norms: tuple[str, str]
     attention: str
     keys: str
     mask: str
+    may_mask: bool = False
 
 
 _LIBRARIES = (
     _Names(("norm1", "norm2"), "attn", "k_norm", "attn_mask"),  # timm
     _Names(("layer_norm1", "layer_norm2"), "self_attn", "k_proj", "attention_mask"),  # transformers
+    _Names(("attention_norm", "mlp_norm"), "attention", "k_norm", "mask", may_mask=True),  # vistok.nn.transformer
 )
 
 
@@ -51,34 +61,53 @@ class Sublayers:
         self.block, self.name = block, name
         found = [names for names in _LIBRARIES if hasattr(block, names.attention)]
         if not found:
-            raise self._refusal(f"it has neither of {' and '.join(names.attention for names in _LIBRARIES)}")
+            raise self._refusal(f"it has none of {', '.join(names.attention for names in _LIBRARIES)}")
         self._names = found[0]
         self._attention = getattr(block, self._names.attention)
         missing = [part for part in (*self._names.norms, "mlp") if not hasattr(block, part)]
         if missing or not hasattr(self._attention, self._names.keys):
             part = missing[0] if missing else f"{self._names.attention}.{self._names.keys}"
             raise self._refusal(f"it has no {part}")
-        self._parameters = list(inspect.signature(block.forward).parameters)
+        # Of its class: one that recomputes its insides in the backward pass hides them.
+        self._parameters = list(inspect.signature(type(block).forward).parameters)[2:]
         self._keys: Tensor | None = None
         self._norm_first = True
         self._check()
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What the attention is called with, from the arguments of the block behind its tokens.
+        """What :meth:`attend` is called with, from the arguments of the block behind its tokens.
 
         Raises:
-            UserError: a mask, which the tokens of a merged sequence do not fit.
+            UserError: a mask that the tokens of a merged sequence do not fit.
         """
-        given = dict(zip(self._parameters[1:], args)) | kwargs
-        if given.pop(self._names.mask, None) is not None or given.pop("is_causal", False):
+        given = dict(zip(self._parameters, args)) | kwargs
+        mask = given.pop(self._names.mask, None)
+        causal = [given.pop(name, False) for name in ("causal", "is_causal")]
+        if any(causal) or (mask is not None and not self._names.may_mask):
             raise UserError(f"{self.name}: attention masks do not go together with token merging")
-        return given
+        return given | {"mask": mask}
 
     def attend(
-        self, x: Float[Tensor, "B N C"], size: Float[Tensor, "B N"] | None, **kwargs: Any
-    ) -> Float[Tensor, "B N C"]:
-        """``x + attention(norm(x))``; with ``size`` a token counts as that many tokens (proportional attention)."""
-        mask = None if size is None else size.log().to(x.dtype)[:, None, None]
+        self,
+        x: Float[Tensor, "B M C"],
+        size: Float[Tensor, "B M"] | None,
+        mask: Bool[Tensor, "N N"] | None = None,
+        **kwargs: Any,
+    ) -> Float[Tensor, "B M C"]:
+        """``x + attention(norm(x))``.
+
+        Args:
+            x: tokens.
+            size: a token counts as that many (proportional attention).
+            mask: True where a query may look at a key, of the sequence before merges. It begins with the patches, which
+                are alike, so that the one of the merged sequence is its end.
+            kwargs: of the attention.
+        """
+        if mask is not None:
+            mask = mask[..., -x.shape[1] :, -x.shape[1] :]
+        if size is not None:
+            weight = size.log().to(x.dtype)[:, None, None]
+            mask = weight if mask is None else torch.where(mask, weight, -torch.inf)
         return self._add(x, 0, lambda y: self._attention(y, **{self._names.mask: mask}, **kwargs))
 
     def feed(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
@@ -107,6 +136,8 @@ class Sublayers:
             y = layer_scale(y)
         if (gamma := getattr(self.block, f"gamma_{index + 1}", None)) is not None:
             y = gamma * y
+        if (dropout := getattr(self.block, "dropout", None)) is not None:
+            y = dropout(y)
         if (drop_path := getattr(self.block, f"drop_path{index + 1}", None)) is not None:
             y = drop_path(y)
         return x + y
@@ -114,7 +145,7 @@ class Sublayers:
     @torch.no_grad()
     def _check(self) -> None:
         weight = next(self.block.mlp.parameters())
-        width = getattr(self.block, self._names.norms[0]).weight.numel()
+        width = weight.shape[-1]
         # Seven tokens: no grid, and no number that a table of positions could have been made for.
         draws = torch.randn(2, 7, width, generator=seeded_generator("merging"))
         x = draws.to(weight.device, weight.dtype)

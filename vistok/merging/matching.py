@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,13 @@ class Matching:
         slots = self.keep.new_empty(batch, length + self.sources.shape[1])
         slots.scatter_(1, self.keep, torch.arange(length, device=slots.device).expand(batch, -1))
         return slots.scatter_(1, self.sources, self.targets)
+
+    def followed_by(self, count: int) -> Matching:
+        """The same in a sequence that goes on for ``count`` tokens, which stay behind all others."""
+        batch, length = self.keep.shape
+        first = length + self.sources.shape[1]
+        more = positions(batch, first, first + count, device=self.keep.device)
+        return replace(self, keep=torch.cat([self.keep, more], dim=1))
 
     def merge(
         self, x: Float[Tensor, "B N C"], size: Float[Tensor, "B N"] | None = None

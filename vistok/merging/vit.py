@@ -1,8 +1,11 @@
-"""Token merging inside the vision transformers of timm and the CLIP and SigLIP towers of transformers.
+"""Token merging inside the vision transformers of timm, the CLIP and SigLIP towers of transformers, and tokenizers.
 
     with merge_tokens(model, "pitome", ratio=0.925) as merging:
         logits = model(images)
     merging.lengths, merging.size, merging.slots, merging.unmerge(...)
+
+    with merge_tokens(tokenizer, "tome", ratio=0.9):
+        tokens = tokenizer.tokenize(images)
 
 A block ``x + attention(norm(x))``, then ``x + mlp(norm(x))`` merges between the two, on the keys of its attention
 (ToMe, arXiv 2210.09461, section 3). No class is swapped and no weight touched: each block runs its own sublayers, and
@@ -15,9 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from inspect import signature
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +32,7 @@ from vistok.merging.matching import Matching, group_means, take
 from vistok.merging.pitome import PiToMe
 from vistok.merging.schedules import Schedule
 from vistok.merging.tome import Random, ToMe
+from vistok.merging.towers import Tower, find_tower
 
 
 class Method(Protocol):
@@ -73,8 +76,7 @@ def apply(
     Its parameters and state dict stay as they are. One model serves one forward pass at a time.
 
     Args:
-        model: a vision transformer of timm, or the CLIP or SigLIP vision tower of transformers (or what contains one
-            as ``vision_model``).
+        model: see :func:`~vistok.merging.towers.find_tower`; of a tokenizer, the transformer that encodes merges.
         method: one of :data:`METHODS`, or one with settings of its own.
         r: see :class:`~vistok.merging.schedules.Schedule`, as ``ratio`` and ``inflection``.
         ratio: see there.
@@ -82,7 +84,8 @@ def apply(
         proportional: let a token count in attention as often as the patches that it stands for, by the logarithm of
             their number on its logits. Off for models trained without labels (MAE) that were not trained with merging.
         unmerge: blocks hand on a value for every position, so that whatever reads features on the patch grid works
-            unchanged. Off, the features are as short as the merges make them, prefix first.
+            unchanged; always so where the model itself does, as a tokenizer of codes on a grid. Off, the features are
+            as short as the merges make them, prefix first.
 
     Raises:
         UserError: a setting out of range, or a model or a block of it that cannot merge.
@@ -92,12 +95,12 @@ def apply(
         raise UserError(f"no merging method {method!r}: choose from {', '.join(METHODS)}")
     remove(model)
     chosen = METHODS[method] if isinstance(method, str) else method
-    return Merging(_tower(model), chosen, schedule, proportional, unmerge)
+    return Merging(find_tower(model), chosen, schedule, proportional, unmerge)
 
 
 def remove(model: nn.Module) -> None:
     """Undo :func:`apply`: the model computes what it did before, bit for bit."""
-    merging = getattr(_tower(model).module, "token_merging", None)
+    merging = getattr(find_tower(model).module, "token_merging", None)
     if merging is not None:
         merging.undo()
 
@@ -112,74 +115,12 @@ def merge_tokens(model: nn.Module, method: str | Method = "tome", **settings: An
         remove(model)
 
 
-class _Tower(NamedTuple):
-    """What is to know of a model: its blocks, their place in it, and what reads the tokens behind them."""
-
-    module: Any
-    blocks: Sequence[nn.Module]
-    path: str
-    prefix: int
-    patches: int
-    entries: tuple[str, ...]
-    attention_pool: nn.Module | None
-    checkpoint_flags: list[tuple[Any, str]]
-
-
-def _tower(model: Any) -> _Tower:
-    module = getattr(model, "vision_model", model)
-    for read, parts in _LIBRARIES:
-        if hasattr(module, parts[0]):
-            if missing := [part for part in parts if not hasattr(module, part)]:
-                raise UserError(f"cannot merge tokens of {type(module).__name__}: it has no {missing[0]}")
-            return read(module)
-    raise UserError(
-        f"cannot merge tokens of {type(module).__name__}: it has neither blocks (vision transformers of timm) nor an "
-        "encoder (vision towers of transformers)"
-    )
-
-
-def _timm(module: Any) -> _Tower:
-    pool = getattr(module, "attn_pool", None)
-    if pool is not None and ("attn_mask" not in signature(pool.forward).parameters or pool.pos_embed is not None):
-        raise UserError(f"cannot merge tokens of {type(module).__name__}: its attn_pool cannot weigh them by size")
-    return _Tower(
-        module,
-        module.blocks,
-        path="blocks",
-        prefix=module.num_prefix_tokens,
-        patches=module.patch_embed.num_patches,
-        entries=("forward_features", "forward_intermediates"),
-        attention_pool=pool,
-        checkpoint_flags=[(module, "grad_checkpointing")],
-    )
-
-
-def _transformers(module: Any) -> _Tower:
-    layers = module.encoder.layers
-    return _Tower(
-        module,
-        layers,
-        path="encoder.layers",
-        prefix=int(hasattr(module.embeddings, "class_embedding")),
-        patches=module.embeddings.num_patches,
-        entries=("forward",),
-        attention_pool=getattr(getattr(module, "head", None), "attention", None),
-        checkpoint_flags=[(layer, "gradient_checkpointing") for layer in layers],
-    )
-
-
-_LIBRARIES: tuple[tuple[Callable[[Any], _Tower], tuple[str, ...]], ...] = (
-    (_timm, ("blocks", "num_prefix_tokens", "patch_embed", "forward_features", "forward_intermediates", "pool")),
-    (_transformers, ("encoder", "embeddings")),
-)
-"""How a library's models are read, and what they must have: the first part tells whose a model is."""
-
-
 class Merging:
     """What a model merges, and what its last forward pass did; :func:`apply` makes it.
 
     Attributes:
         prefix: leading tokens that never merge.
+        suffix: tokens behind the patches that never merge (the registers of FlexTok).
         merges: tokens merged away by each block in the last pass; before the first one, for images of the model's size.
         size: positions in each token of the last pass; None while nothing has merged.
         slots: the token that each position of the last pass is part of; None while nothing has merged.
@@ -189,16 +130,14 @@ class Merging:
     slots: Int[Tensor, "B N"] | None
     _tokens: Float[Tensor, "B M C"] | None
 
-    def __init__(
-        self, tower: _Tower, method: Method, schedule: Schedule, proportional: bool, full_length: bool
-    ) -> None:
+    def __init__(self, tower: Tower, method: Method, schedule: Schedule, proportional: bool, full_length: bool) -> None:
         self._tower, self._method, self._schedule = tower, method, schedule
-        self._proportional, self._full_length = proportional, full_length
-        self.prefix = tower.prefix
+        self._proportional, self._full_length = proportional, full_length or tower.on_grid
+        self.prefix, self.suffix = tower.prefix, tower.suffix
         self._sublayers = [Sublayers(block, f"{tower.path}.{i}") for i, block in enumerate(tower.blocks)]
         self._plans: dict[int, list[int]] = {}
         self._checkpointing = self._intermediates = False
-        self._begin(tower.patches + tower.prefix)
+        self._begin(tower.prefix + tower.patches + tower.suffix)
         self._replaced: list[tuple[Any, str, Any]] = []
         self._hooks = [sublayers.watch_keys() for sublayers in self._sublayers]
         for index, block in enumerate(tower.blocks):
@@ -215,11 +154,11 @@ class Merging:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens behind each block, prefix included, where :attr:`merges` holds."""
+        """Tokens behind each block, prefix and suffix included, where :attr:`merges` holds."""
         return [self._length - merged for merged in accumulate(self.merges)]
 
     def unmerge(self, x: Float[Tensor, "B M C"]) -> Float[Tensor, "B N C"]:
-        """Values of the tokens of the last pass, prefix included, as values of the positions that they stand for."""
+        """Values of the tokens of the last pass, all of them, as values of the positions that they stand for."""
         return x if self.slots is None else take(x, self.slots)
 
     def undo(self) -> None:
@@ -240,7 +179,7 @@ class Merging:
     def _begin(self, length: int) -> None:
         """A new forward pass."""
         if length not in self._plans:
-            self._plans[length] = self._schedule.merges(len(self._sublayers), length - self.prefix)
+            self._plans[length] = self._schedule.merges(len(self._sublayers), length - self.prefix - self.suffix)
         self.merges, self._length = self._plans[length], length
         self.size = self.slots = self._tokens = None
         self._unmerging = self._full_length or self._intermediates
@@ -285,7 +224,9 @@ class Merging:
         x = sublayers.attend(x, size if self._proportional else None, **arguments)
         keys = sublayers.take_keys()
         if merges:
-            matching = self._method.match(keys.mean(1), merges, self.prefix, index, len(self._sublayers))
+            metric = keys[:, :, : x.shape[1] - self.suffix].mean(1)
+            matching = self._method.match(metric, merges, self.prefix, index, len(self._sublayers))
+            matching = matching.followed_by(self.suffix) if self.suffix else matching
             x, size = matching.merge(x, size)
             slots = matching.slots if slots is None else matching.slots.gather(1, slots)
         return sublayers.feed(x), size, slots

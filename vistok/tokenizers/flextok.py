@@ -206,6 +206,11 @@ class FlexTok(Tokenizer):
         return float(scale)
 
     @property
+    def encoding_tower(self) -> Encoder:
+        """Where the patches of an image can merge, see :mod:`vistok.merging`."""
+        return self.encoder
+
+    @property
     def decode_defaults(self) -> dict[str, Any]:
         """Steps and guidance of the config."""
         return {"steps": self.config.steps, "guidance": self.config.guidance, "apg": self.config.apg}

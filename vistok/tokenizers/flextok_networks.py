@@ -34,14 +34,23 @@ def registers_mask(patches: int, registers: int) -> Bool[Tensor, "n n"]:
 
 
 class Encoder(nn.Module):
-    """Latent -> unquantized register codes, from the sequence ``[patches | registers]``."""
+    """Latent -> unquantized register codes, from the sequence ``[patches | registers]``.
+
+    Attributes:
+        num_patches: of a latent of the model's size.
+        num_suffix_tokens: registers. They never merge (see :mod:`vistok.merging`), and the mask of the blocks treats
+            all patches alike.
+        reads_grid: False: the codes are those of the registers, so that patches may be fewer behind each block.
+    """
 
     positions: Tensor
+    reads_grid = False
 
     def __init__(self, channels: int, grid: int, config: Config) -> None:
         super().__init__()
         width = config.encoder_width
         self.patch_size = config.patch_size
+        self.num_patches, self.num_suffix_tokens = grid**2, config.num_registers
         self.patch_in = nn.Linear(channels * config.patch_size**2, width)
         self.register_buffer("positions", sincos_2d(grid, grid, width))
         self.registers = nn.Parameter(torch.empty(config.num_registers, width))
@@ -53,12 +62,11 @@ class Encoder(nn.Module):
     def forward(self, latent: Float[Tensor, "B C h w"]) -> Float[Tensor, "B N levels"]:
         height, width = (side // self.patch_size for side in latent.shape[-2:])
         x = self.patch_in(patchify(latent, self.patch_size)) + self.positions[:height, :width].flatten(0, 1)
-        patches = x.shape[1]
+        mask = self._mask(x.shape[1], x.device)
         x = torch.cat([x, self.registers.expand(len(x), -1, -1).to(x.dtype)], dim=1)
-        mask = self._mask(patches, x.device)
         for block in self.blocks:
             x = block(x, mask)
-        return self.head(self.norm(x[:, patches:]))
+        return self.head(self.norm(x[:, -len(self.registers) :]))
 
     def _mask(self, patches: int, device: torch.device) -> Bool[Tensor, "n n"]:
         key = (patches, device)

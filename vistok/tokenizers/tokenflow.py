@@ -30,7 +30,7 @@ from vistok.interfaces import LossReport, Tokenizer
 from vistok.losses.distillation import distillation_loss
 from vistok.nn.cnn import CNNDecoder, CNNEncoder
 from vistok.nn.frozen import Frozen
-from vistok.nn.vision_teacher import VisionTeacher, load_teacher
+from vistok.nn.vision_teacher import VisionTeacher, VisionTower, load_teacher
 from vistok.quantizers.residual_multiscale import ResidualMultiscale, ScaleCodes, scale_sizes
 from vistok.quantizers.shared_dual_vq import SharedDualCodebook
 from vistok.quantizers.vq import CodebookOptions
@@ -236,6 +236,11 @@ class TokenFlow(Tokenizer):
     def last_layer(self) -> Tensor:
         """Weight of the pixel decoder's last convolution."""
         return self.pixel_decoder.conv_out.weight
+
+    @property
+    def encoding_tower(self) -> VisionTower:
+        """Where the patches of an image can merge, see :mod:`vistok.merging`."""
+        return self.semantic_encoder.tower
 
     @property
     def feature_defaults(self) -> dict[str, Any]:

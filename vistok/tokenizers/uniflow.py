@@ -169,6 +169,11 @@ class UniFlow(LatentTokenizer):
         return load_published(path_or_hub_id, image_size)
 
     @property
+    def encoding_tower(self) -> VisionTower:
+        """Where the patches of an image can merge while encoding, see :mod:`vistok.merging`; decoding, in ``tower``."""
+        return self.encoder
+
+    @property
     def decode_defaults(self) -> dict[str, Any]:
         """Steps, their schedule, and guidance."""
         return {"steps": self.config.steps, "power": self.config.power, "guidance": self.config.guidance}

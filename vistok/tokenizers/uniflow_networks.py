@@ -24,10 +24,19 @@ class ConditionTower(nn.Module):
         grid: rows and columns of patches.
         depth: global blocks.
         heads: their attention heads.
+
+    Attributes:
+        num_patches: positions of a latent.
+        num_suffix_tokens: 0, no tokens but these.
+        reads_grid: True: where tokens merge (see :mod:`vistok.merging`) there is one for each patch again at the end.
     """
+
+    num_suffix_tokens = 0
+    reads_grid = True
 
     def __init__(self, latent_channels: int, width: int, grid: tuple[int, int], depth: int, heads: int) -> None:
         super().__init__()
+        self.num_patches = grid[0] * grid[1]
         self.up = MLP(latent_channels, width, out=width)
         # The sinusoids of MAE as its code has them: columns in the first half of the channels.
         table = sincos_2d(grid[1], grid[0], width).transpose(0, 1)
