@@ -162,7 +162,7 @@ def test_codes_are_learned_by_heart():
     tokens, condition = random_tokens(spec, 4), ClassCondition(torch.arange(4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     rng = torch.Generator().manual_seed(0)
-    for _ in range(100):
+    for _ in range(200):
         loss = model(tokens, condition, rng).total
         optimizer.zero_grad()
         loss.backward()
