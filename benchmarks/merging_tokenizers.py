@@ -1,7 +1,7 @@
 """Token merging while a tokenizer encodes: speed against reconstruction.
 
 python benchmarks/merging_tokenizers.py --checkpoints RUN [RUN ...] --data digits [--ratios 0.9,0.8,0.7 --rounds 5]
-python benchmarks/merging_tokenizers.py --untrained flextok tokenflow uniflow [--batch 1 --rounds 1]
+python benchmarks/merging_tokenizers.py --untrained flextok tokenflow uniflow [--batch 1 --rounds 3]
 
 Checkpoints are measured on held-out images: the speed of encoding, PSNR, and the share of ids that stay the same.
 Untrained models have the published size and are measured for speed alone, on noise; FlexTok without its VAE, reading
