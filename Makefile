@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEMO := runs/demo
 
-.PHONY: help install demo test lint format features clean
+.PHONY: help install demo benchmark test lint format features clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -25,6 +25,9 @@ demo: install  ## train FlexTok and a GPT on digits, sample, measure; results in
 	@$(BIN)/python -m vistok.eval reconstruction --checkpoint $(DEMO)/tokenizer --data digits --out $(DEMO)
 	@$(BIN)/python -m vistok.eval generation --checkpoint $(DEMO)/generator --data digits --count 500 --cfg-scale 2 --top-p 0.95 --out $(DEMO)
 	@$(BIN)/python -m vistok.eval report --run $(DEMO)
+
+benchmark: install  ## train and measure every system at equal budget (under 2 hours, goes on where it was): benchmarks/table.md
+	@$(BIN)/python benchmarks/table.py --table benchmarks/table.md
 
 test: install  ## run the whole test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
