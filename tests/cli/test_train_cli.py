@@ -58,6 +58,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, command, override, part
     assert not (tmp_path / "run" / "run.yaml").exists()
 
 
+def test_compiling_without_a_compiler_is_refused(tmp_path, command, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "no-such-compiler"),))
+    code, _, err = command("--config", tiny_yaml(tmp_path), "trainer.compile=true", "trainer.accelerator=cpu")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: trainer.compile needs a C++ compiler on a CPU")
+    assert not (tmp_path / "run" / "run.yaml").exists()
+
+
 def test_a_missing_config_or_tokenizer_is_named(tmp_path, command):
     code, _, err = command("--config", tmp_path / "no.yaml")
     assert (code, err) == (2, f"error: config file not found: {tmp_path / 'no.yaml'}\n")

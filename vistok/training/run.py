@@ -109,6 +109,8 @@ def train(config: RunConfig) -> None:
         lambda task: write_export(averaged(task.net, ema.average), task.progress),  # all gather, the first writes
     )
     trainer = _make_trainer(config, net, ema, checkpoint, state["updates"] if state else 0)
+    if config.trainer.compile and trainer.strategy.root_device.type == "cpu":
+        _check_compiler()
     images_per_update = config.data.batch_size * trainer.world_size * config.trainer.accumulate
     max_updates = _max_updates(config.trainer, images_per_update, len(train_data))
     if state and state["updates"] >= max_updates:
@@ -230,6 +232,19 @@ def _exporter(
         export(config.output, kind, component, net.spec, weights, {**progress, **details}, helpers)
 
     return write
+
+
+def _check_compiler() -> None:
+    """Raise UserError where the first update would end in a traceback of ``torch.compile``."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise UserError(
+            "trainer.compile needs a C++ compiler on a CPU: install one such as g++, or give trainer.compile=false"
+        ) from None
 
 
 def _make_trainer(
