@@ -20,6 +20,7 @@ from vistok.checkpoint import load_generator
 from vistok.interfaces import SampleOptions
 from vistok.rng import SampleRng
 from vistok.tokens import MultiScale, Tokens
+from vistok.training.optim import OptimConfig, make_optimizer
 from vistok.training.run import train
 from vistok.training.sharding import full, shard
 
@@ -77,6 +78,28 @@ def compare(rank, init):
 
 def test_every_generator_computes_the_same(tmp_path):
     mp.start_processes(compare, (f"file://{tmp_path / 'meeting'}",), nprocs=2, start_method="fork")
+
+
+def move(rank, init):
+    """One process: three updates by Muon, sharded and not."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    (alone, ids, condition), (net, *_) = made("gpt", {}), made("gpt", {})
+    shard(net, init_device_mesh("cpu", (2,)))
+    for model in (alone, net):
+        optimizer = make_optimizer(model, OptimConfig(name="muon", lr=0.01))
+        for _ in range(3):
+            model(Tokens(ids, model.spec), condition, torch.Generator().manual_seed(0)).total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for (key, p), wanted in zip(net.named_parameters(), alone.parameters()):
+        # A last bit of a gradient can be one of bfloat16 in a step.
+        assert torch.allclose(full(p), wanted, rtol=0, atol=1e-3), key
+    dist.destroy_process_group()
+
+
+def test_muon_moves_the_same(tmp_path):
+    mp.start_processes(move, (f"file://{tmp_path / 'meeting'}",), nprocs=2, start_method="fork")
 
 
 def port():

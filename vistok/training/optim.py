@@ -1,4 +1,4 @@
-"""AdamW, which parameters decay, and the learning rate as a function of updates."""
+"""The optimizer, which parameters decay, and the learning rate as a function of updates."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import AdamW
 
 from vistok.errors import UserError
+from vistok.training.muon import Muon, matrix_groups
 
 
 @dataclass
 class OptimConfig:
-    """AdamW and its schedule.
+    """The optimizer and its schedule.
 
     Args:
+        name: ``adamw``; or ``muon``, which moves the matrices of attention and MLPs otherwise, see
+            :mod:`vistok.training.muon`, at the same ``lr`` and ``weight_decay``.
         lr: peak learning rate.
         betas: decay of the first and second moment.
         eps: AdamW's epsilon.
@@ -28,6 +31,7 @@ class OptimConfig:
         clip_norm: largest global gradient norm; null never clips.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -58,15 +62,24 @@ def decay_groups(net: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def make_optimizer(net: nn.Module, config: OptimConfig) -> AdamW:
-    """AdamW over :func:`decay_groups`.
+    """The optimizer of ``config`` over :func:`decay_groups`.
 
     Raises:
-        UserError: if nothing in ``net`` is trained.
+        UserError: if nothing in ``net`` is trained, or it has no matrices for ``muon``.
     """
-    groups = [group for group in decay_groups(net, config.weight_decay) if group["params"]]
+    groups = decay_groups(net, config.weight_decay)
+    make: type[AdamW] = AdamW
+    if config.name == "muon":
+        make, matrices = Muon, matrix_groups(net)
+        if not matrices:
+            raise UserError(f"optim.name=muon: {type(net).__name__} has no transformer blocks (use adamw)")
+        apart = {id(weight) for group in matrices for weight in group["params"]}
+        groups = [{**group, "params": [p for p in group["params"] if id(p) not in apart]} for group in groups]
+        groups += [{**group, "weight_decay": config.weight_decay} for group in matrices]
+    groups = [group for group in groups if group["params"]]
     if not groups:
         raise UserError(f"{type(net).__name__} has no weights to train")
-    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return make(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def lr_factor(update: int, config: OptimConfig, max_updates: int) -> float:
