@@ -7,6 +7,7 @@ from tiny_models.models import make_tokenizer
 from vistok.errors import UserError
 from vistok.merging.vit import apply, merge_tokens, remove
 from vistok.nn.transformer import recompute_blocks
+from vistok.tokenizers import tokenbridge
 
 VIT = {"encoder_args": {"patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}}
 DEEP = {"flextok": {"encoder_depth": 3}, "tokenflow": VIT, "uniflow": VIT}
@@ -139,6 +140,17 @@ def test_condition_tower_of_uniflow_merges_while_decoding():
     for image, slots in zip(values, merging.slots):
         assert len(slots.unique()) == 10
         torch.testing.assert_close(image, torch.stack([image[slots == slot].mean(0) for slot in slots]))
+
+
+@torch.no_grad()
+def test_tokenbridge_merges_what_its_latents_come_from():
+    uniflow = make_tokenizer("uniflow", **VIT)
+    bridge = tokenbridge.TokenBridge(tokenbridge.Config(tokenizer="", levels=8), uniflow)
+    expected = bridge.tokenize(images()).ids
+    with merge_tokens(bridge, r=2) as merging:
+        merged = bridge.tokenize(images()).ids
+        assert merging.lengths == [15, 13, 11]
+    assert (merged != expected).any() and torch.equal(bridge.tokenize(images()).ids, expected)
 
 
 @pytest.mark.parametrize("name, model", [("vqgan", "VQGAN"), ("klvae", "KLVAE"), ("tokenbridge", "TokenBridge")])

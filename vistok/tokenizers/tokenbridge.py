@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from omegaconf import MISSING
-from torch import Tensor
+from torch import Tensor, nn
 
 from vistok.checkpoint import ExportFolder, export_hash, load_autoencoder
 from vistok.errors import UserError
@@ -113,6 +113,11 @@ class TokenBridge(Tokenizer):
     def expand(self, values: Float[Tensor, "... S"]) -> Float[Tensor, "... C"]:
         """Latents of what is quantized: the nearest ones, if components are left out."""
         return values if self.config.components is None else values @ self.basis.T + self.center
+
+    @property
+    def encoding_tower(self) -> nn.Module:
+        """That of the latent tokenizer, if it has one (UniFlow, but no KL-VAE)."""
+        return cast(nn.Module, self.tokenizer.module.encoding_tower)
 
     @property
     def decode_defaults(self) -> dict[str, Any]:
