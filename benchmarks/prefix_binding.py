@@ -3,7 +3,8 @@
 python benchmarks/prefix_binding.py --checkpoint runs/shapes/gpt_text [--cfg-scale 4 --per-prompt 4 --prompts 100]
 
 GenEval's colour attribution on shapes (two objects with a colour each, held-out pairs), the same prompts and the same
-noise for the plain states of the texts, composite states with three pairs of weights, and words read alone.
+noise for the plain states of the texts, composite states with three pairs of weights, and words read alone; the edits
+act on the states of the text encoder, then on what the generator's own blocks make of these.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from vistok.eval.detectors import WorldDetector
 from vistok.geneval_rules import Entry, spread
 from vistok.interfaces import SampleOptions, TextCondition, TextEncoder
 from vistok.merging.entities import Entity
-from vistok.merging.prefix import composite, uncontextualised
+from vistok.merging.prefix import composite, reading_apart, uncontextualised
 from vistok.pipeline import Prompts, load_models
 
 TASK = "color_attr"
@@ -53,15 +54,15 @@ def main() -> None:
     world = load_images("shapes", "val", tokenizer.spec.image_size_px)
     entries = spread(world.geneval_prompts()[TASK], args.prompts)
     detector = WorldDetector(world, {})
-    edits: dict[str, Edit | None] = {
-        "plain": None,
+    edits: dict[str, Edit] = {
         "composite, 1.1 noun + 1.2 attribute": composite,
         "composite, plain sum": partial(composite, noun_weight=1.0, attribute_weight=1.0),
         "composite, mean": partial(composite, noun_weight=0.5, attribute_weight=0.5),
         "words read alone": uncontextualised,
     }
     print(f"{TASK}: {len(entries)} prompts x {args.per_prompt}, cfg-scale {args.cfg_scale:g}")
-    for name, edit in edits.items():
+
+    def measure(name: str, encoder: TextEncoder, edit: Edit | None) -> None:
         prompts = EditedPrompts(encoder, [entry for entry in entries for _ in range(args.per_prompt)], edit)
         length = tokenizer.spec.num_positions
         options, seed, batch_size = SampleOptions(cfg_scale=args.cfg_scale), 0, 100
@@ -70,7 +71,14 @@ def main() -> None:
         )
         records, _ = geneval.measure_geneval(detector, entries, samples)
         rights = torch.tensor([float(record["correct"]) for record in records[str(length)]])
-        print(f"{name:36} {rights.mean():.3f} ± {rights.std() / len(rights) ** 0.5:.3f}", flush=True)
+        print(f"{name:60} {rights.mean():.3f} ± {rights.std() / len(rights) ** 0.5:.3f}", flush=True)
+
+    measure("plain", encoder, None)
+    for name, edit in edits.items():
+        measure(name, encoder, edit)
+    with reading_apart(generator, encoder) as reader:
+        for name, edit in edits.items():
+            measure(f"{name}, in what text_depth blocks read", reader, edit)
 
 
 if __name__ == "__main__":

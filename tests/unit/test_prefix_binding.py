@@ -1,13 +1,18 @@
 """Semantic binding in the states that condition a generator of codes."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from tiny_models.models import SPECS, make_generator
 from tiny_models.text import save_clip, save_t5
 from vistok.config import Component, build
 from vistok.errors import UserError
+from vistok.interfaces import SampleOptions
 from vistok.merging.entities import Entity
-from vistok.merging.prefix import composite, uncontextualised
+from vistok.merging.prefix import composite, reading_apart, uncontextualised
+from vistok.rng import SampleRng
 
 PROMPTS = ["a red circle and a blue square", "a white star"]
 ENTITIES = [[Entity("circle", ("red",)), Entity("square", ("blue",))], [Entity("star", ("white",))]]
@@ -55,6 +60,32 @@ def test_words_read_alone_know_of_no_other_entity(t5, encoder):
     torch.testing.assert_close(alone.states[0, own], phrase[own])
     # Words that never knew of one another stay what they are.
     assert torch.equal(uncontextualised(encoder, PROMPTS, ENTITIES).states, encoder.encode(PROMPTS).states)
+
+
+@pytest.mark.parametrize("condition", ["text_prefix", "text_cross"])
+def test_states_that_a_generator_read_itself_can_be_edited(encoder, condition):
+    text = {"condition": condition, "text_width": 64, "text_depth": 1, "text_positions": 12, "num_classes": 0}
+    generator = make_generator("gpt", SPECS["grid"], **text)
+    torch.nn.init.normal_(generator.adapter.head.weight)
+    options, rng = SampleOptions(cfg_scale=2.0), partial(SampleRng.from_seed, 0, 2)
+    plain = generator.generate(encoder.encode(PROMPTS), options, rng()).ids
+    with reading_apart(generator, encoder) as reader:
+        read = reader.encode(PROMPTS)
+        assert torch.equal(generator.generate(read, options, rng()).ids, plain)
+        alone = uncontextualised(reader, PROMPTS, ENTITIES)
+        changed = (read.states != alone.states).any(-1) & read.mask
+        # Only the words of entities among others; the star is alone but for the end of the text.
+        assert changed[0].tolist() == [False, True, True, False, False, True, True, False]
+        assert generator.generate(alone, options, rng()).ids.shape == plain.shape
+    assert torch.equal(generator.generate(encoder.encode(PROMPTS), options, rng()).ids, plain)
+
+
+def test_a_generator_of_classes_reads_no_text(encoder):
+    with (
+        pytest.raises(UserError, match="GPT reads no text"),
+        reading_apart(make_generator("gpt", SPECS["grid"]), encoder),
+    ):
+        pass
 
 
 def test_no_entities_change_nothing(encoder):

@@ -148,7 +148,19 @@ class TextBlocks(nn.Module):
         return states
 
 
-class TextCross(Entry):
+class TextEntry(Entry):
+    """What the two ways of a text have in common."""
+
+    mlp: nn.Module
+    text: TextBlocks
+
+    def read(self, states: Float[Tensor, "B L C"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        """States of a text encoder as the generator sees them, each in the light of all others with ``text_depth``."""
+        dtype = next(self.parameters()).dtype  # under autocast too: the blocks add to it
+        return self.text(self.mlp(states.to(dtype)).to(dtype), mask)
+
+
+class TextCross(TextEntry):
     """A learned start of the sequence; the states of the text are for the cross-attention of every block."""
 
     def __init__(self, text_width: int, width: int, text_depth: int, heads: int) -> None:
@@ -159,12 +171,11 @@ class TextCross(Entry):
         self.text = TextBlocks(width, text_depth, heads)
 
     def forward(self, condition: TextCondition) -> tuple[Float[Tensor, "B 1 D"], None, States]:
-        dtype = self.start.weight.dtype  # under autocast too
-        states = self.text(self.mlp(condition.states.to(dtype)).to(dtype), condition.mask)
+        states = self.read(condition.states, condition.mask)
         return self.start.weight.expand(len(condition), 1, -1), None, (states, condition.mask)
 
 
-class TextPrefix(Entry):
+class TextPrefix(TextEntry):
     """The states of the text, on the right of ``length`` positions, then a learned start of several positions or none.
 
     Positions on the left that no text reaches are to be hidden from all others.
@@ -213,9 +224,7 @@ class TextPrefix(Entry):
         Raises:
             UserError: for more states than there are positions for them.
         """
-        dtype = next(self.parameters()).dtype  # under autocast too: the blocks add to it
-        states = self.text(self.mlp(condition.states.to(dtype)).to(dtype), condition.mask)
-        x, there = self.align(states, condition.mask)
+        x, there = self.align(self.read(condition.states, condition.mask), condition.mask)
         if self.start is not None:
             start = self.start.weight.expand(len(x), -1, -1)
             x, there = torch.cat([x, start], dim=1), F.pad(there, (0, start.shape[1]), value=True)

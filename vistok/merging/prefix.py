@@ -6,18 +6,24 @@ condition of any generator of this project, prefix or cross-attention, whatever 
     condition = composite(encoder, ["a red circle and a blue square"], [[Entity("circle", ("red",)), ...]])
     tokens = generator.generate(condition, options, rng)
 
+States that know nothing of one another (``bytes``) get to do so in the ``text_depth`` blocks of a generator;
+:func:`reading_apart` lets the edits see those.
+
 The losses of the first method need latents that move while they are sampled; codes do not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
+from vistok.checkpoint import module_hash
 from vistok.errors import UserError
-from vistok.interfaces import TextCondition, TextEncoder
+from vistok.generators.conditions import TextEntry
+from vistok.interfaces import Generator, TextCondition, TextEncoder
 from vistok.merging.entities import Entity, locate, phrases_of, tokens_within
 from vistok.merging.semantic_binding import Group, merge_groups, swap_item
 
@@ -81,6 +87,51 @@ def uncontextualised(
             )
             states[row] = swap_item(states[row], alone, positions, alone_positions)
     return replace(condition, states=states)
+
+
+class _Reader(TextEncoder):
+    """A text encoder and what a generator makes of its states, as one."""
+
+    def __init__(self, encoder: TextEncoder, entry: TextEntry) -> None:
+        super().__init__()
+        self.encoder, self.read = encoder, entry.read
+        self.width = self.encode([""]).states.shape[-1]
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> TextCondition:
+        plain = self.encoder.encode(texts)
+        states, null = self.read(plain.states, plain.mask), self.read(plain.null_states, plain.null_mask)
+        return replace(plain, states=states, null_states=null)
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        return self.encoder.spans(text)
+
+    @property
+    def states_hash(self) -> str:
+        return module_hash(self, "read by a generator", self.encoder.states_hash)
+
+
+@contextmanager
+def reading_apart(generator: Generator, encoder: TextEncoder) -> Iterator[TextEncoder]:
+    """An encoder whose states are what ``generator``, inside the ``with``, takes as they are.
+
+    It generates the same from them as it did from those of ``encoder``; but now the edits here see what its own blocks
+    (``text_depth``) make of a text.
+
+    Raises:
+        UserError: for a generator of classes, or one that replaces the empty text by a constant (``own_null``).
+    """
+    entry = getattr(generator, "condition", None)
+    if not isinstance(entry, TextEntry) or getattr(entry, "null_states", None) is not None:
+        raise UserError(f"{type(generator).__name__} reads no text of its own whose states could be edited")
+    reader, width = _Reader(encoder, entry), generator.text_width
+    try:
+        entry.read = lambda states, mask: states  # type: ignore[method-assign]
+        generator.text_width = reader.width
+        yield reader
+    finally:
+        del entry.read
+        generator.text_width = width
 
 
 def _encode(encoder: TextEncoder, prompts: Sequence[str], entities: Sequence[Sequence[Entity]]) -> TextCondition:
