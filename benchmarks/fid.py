@@ -65,8 +65,8 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         gaussians = []
         for name in ("real", "fake"):
             statistics = ImageStatistics(network, args.count, MOST_IMAGES)
-            for rows, labels in uint8_batches(open_images(str(folder / name)), args.batch_size):
-                statistics.update(rows, labels)
+            for batch in uint8_batches(open_images(str(folder / name)), args.batch_size):
+                statistics.update(*batch)
             gaussians.append(statistics.gaussians()["pool"])
         return frechet_distance(*gaussians).item()
 
@@ -129,7 +129,8 @@ def peaks(count: int) -> tuple[int, int]:
     statistics.update(*batches[0])
     before = peak_bytes("cpu")
     for index in range(1, count // 100):
-        statistics.update(*batches[index % len(batches)])
+        images, labels, _ = batches[index % len(batches)]
+        statistics.update(images, labels, torch.arange(100 * index, 100 * index + len(images)))
     statistics.gaussians()
     statistics.inception_scores()
     return before, peak_bytes("cpu")

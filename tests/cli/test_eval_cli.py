@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_models.args import TINY_ARGS, VARIANTS
 from tiny_models.detectors import save_clip, save_detector
 from tiny_models.exports import export_generator, export_tokenizer
+from tiny_models.judges import save_judge
 from tiny_models.text import save_t5
 from vistok.checkpoint import export, export_hash
 from vistok.cli import main
@@ -430,3 +431,111 @@ def test_a_report_tells_geneval(speaking, evaluate, tmp_path):
     assert code == 0, err
     report = (tmp_path / "report.md").read_text()
     assert "GenEval: overall, share of images right" in report and "generator/eval/geneval.png" in report
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Of DPG-Bench's form: the colour of a circle depends on there being one."""
+    file = tmp_path / "dpg_bench.csv"
+    file.write_text(
+        "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,"
+        "question_natural_language\n"
+        "circle,a red circle,,1,0,entity,whole,entity - whole (circle),Is there a hat?\n"
+        "circle,a red circle,,2,1,attribute,color,attribute - color (circle; red),Is the hat red?\n"
+        "square,a small square,,1,0,entity,whole,entity - whole (square),Is there a cup?\n"
+    )
+    return file
+
+
+def test_dpg_of_a_generator_and_of_its_images(speaking, evaluate, questions, tmp_path):
+    words = ("dpg", "--questions", questions, "--judge", save_judge("blip", tmp_path / "blip"))
+    out = tmp_path / "generator/eval"
+    sampled = ("--checkpoint", speaking / "generator", "--save-images")
+    code, said, err = evaluate(*words, *sampled, "--out", out, "--tokens", "2,8", "--batch-size", 3)
+    assert code == 0, err
+    result = json.loads((out / "dpg.json").read_text())
+    assert list(result["metrics"]["tokens"]) == ["2", "8"]
+    assert list(result["metrics"]["tokens"]["8"]) == ["attribute", "entity", "overall"]
+    assert list(result["metrics"]["parts"]) == ["attribute", "attribute - color", "entity", "entity - whole"]
+    assert result["metrics"]["counts"] == {"prompts": 2, "samples": 8}
+    assert result["protocol"]["features"]["name"] == "blip"
+    assert result["protocol"]["settings"]["count_per_prompt"] == 4
+    assert result["fingerprint"] in said and "DPG-Bench by the judge blip" in said
+    Image.open(out / "dpg_by_tokens.png").verify()
+    records = [json.loads(line) for line in (out / "dpg_results.jsonl").read_text().splitlines()]
+    assert [record["name"] for record in records] == ["circle"] * 4 + ["square"] * 4
+    assert result["metrics"]["tokens"]["8"]["overall"] == pytest.approx(100 * np.mean([r["score"] for r in records]))
+    code, _, err = evaluate("report", "--run", tmp_path)
+    assert code == 0, err
+    assert "DPG-Bench by the judge blip: overall" in (tmp_path / "report.md").read_text()
+
+    # The images that were kept are judged as those that were made, also where four of them are one file.
+    kept = out / "dpg_images"
+    (tmp_path / "grids").mkdir()
+    for name in ("circle", "square"):
+        cells = [np.array(Image.open(file)) for file in sorted((kept / name).iterdir())]
+        grid = np.concatenate([np.concatenate(cells[:2], axis=1), np.concatenate(cells[2:], axis=1)])
+        Image.fromarray(grid).save(tmp_path / "grids" / f"{name}.png")
+    for folder, more in ((kept, ()), (tmp_path / "grids", ("--resolution", 32))):
+        code, _, err = evaluate(*words, "--images", folder, *more)
+        assert code == 0, err
+        again = json.loads((folder / "dpg.json").read_text())
+        assert again["metrics"]["tokens"]["unknown"] == pytest.approx(result["metrics"]["tokens"]["8"])
+        assert (again["protocol"]["count"], again["protocol"]["image_size_px"]) == (8, 32)
+
+    refused(evaluate(*words, *sampled, "--out", out), "exists")
+    refused(evaluate(*words, "--images", tmp_path / "grids", "--resolution", 30), "is no grid", "64 x 64 px")
+    (tmp_path / "grids/square.png").unlink()
+    refused(evaluate(*words, "--images", tmp_path / "grids"), "lacks the images of 1 of 2 prompts: square")
+
+
+def test_dpg_refuses_what_it_cannot_score(runs, speaking, evaluate, questions, tmp_path):
+    words = ("dpg", "--questions", questions)
+    sampled = ("--checkpoint", speaking / "generator", "--out", tmp_path / "out")
+    refused(evaluate(*words, *sampled), "--judge", "--save-images")
+    refused(evaluate(*words, "--images", tmp_path), "--judge")
+    refused(evaluate(*words, *sampled, "--judge", tmp_path / "none"), "--judge: no such folder")
+    refused(evaluate(*words, "--images", tmp_path, "--judge", "x", "--prompts", tmp_path), "--prompts")
+    refused(evaluate(*words, *sampled, "--judge", "x", "--resolution", 64), "--resolution")
+    refused(evaluate(*words, *sampled, "--judge", "x", "--prompts", tmp_path), "circle.txt")
+    refused(evaluate("dpg", "--questions", tmp_path / "none.csv", *sampled, "--judge", "x"), "none.csv")
+    refused(evaluate(*words, "--checkpoint", runs / "generator", "--judge", "x"), "conditioned on classes")
+    # Without a judge images are made for one that lives elsewhere.
+    code, said, err = evaluate(*words, *sampled, "--save-images", "--most-prompts", 1, "--count-per-prompt", 2)
+    assert code == 0 and "2 samples, not judged without --judge" in said, err
+    assert len(list((tmp_path / "out/dpg_images/circle").iterdir())) == 2
+
+
+def test_genai_of_images_that_people_rated(speaking, evaluate, tmp_path):
+    prompts, skills = tmp_path / "genai_image.json", tmp_path / "genai_skills.json"
+    entries = {"00000": "a red circle", "00001": "a blue square", "00002": "small"}
+    ratings = {"00000": [5, 4], "00001": [1, 2], "00002": [3]}
+    prompts.write_text(json.dumps({n: {"prompt": t, "models": {"A": ratings[n]}} for n, t in entries.items()}))
+    skills.write_text(json.dumps({"attribute": [0, 1], "scene": [2], "basic": [0, 1, 2]}))
+    words = ("genai", "--prompts", prompts, "--skills", skills)
+    llava, blip = (save_judge(kind, tmp_path / kind) for kind in ("llava", "blip"))
+    sampled = ("--checkpoint", speaking / "generator", "--out", tmp_path / "out", "--save-images")
+    code, said, err = evaluate(*words, *sampled, "--judge", llava)
+    assert code == 0, err
+    result = json.loads((tmp_path / "out/genai.json").read_text())
+    row = result["metrics"]["tokens"]["8"]
+    assert list(row) == ["attribute", "scene", "basic", "overall"]
+    assert row["basic"] == pytest.approx(row["overall"]) and 0 < row["overall"] < 1
+    assert row["overall"] == pytest.approx((2 * row["attribute"] + row["scene"]) / 3)
+    assert result["metrics"]["counts"] == {"prompts": 3, "samples": 3}
+    assert "GenAI-Bench by the judge llava" in said and "agreement" not in said
+
+    images = tmp_path / "out/genai_images"
+    for judge, name in ((llava, "a"), (blip, "b")):
+        code, said, err = evaluate(
+            *words, "--images", images, "--rated", "A", "--judge", judge, "--out", tmp_path / name
+        )
+        assert code == 0, err
+        assert "agreement with people: pearson" in said
+    first, second = tmp_path / "a/genai.json", tmp_path / "b/genai.json"
+    metrics = json.loads(first.read_text())["metrics"]
+    assert metrics["tokens"]["unknown"] == pytest.approx(row)
+    assert metrics["agreement"].keys() == {"pearson", "kendall_tau_b"}
+    refused(evaluate("compare", first, second), "different protocols", "features")
+    refused(evaluate(*words, *sampled, "--rated", "A", "--judge", llava), "--rated")
+    refused(evaluate(*words, "--images", images, "--rated", "B", "--judge", llava), "no ratings of 'B' (of: A)")

@@ -44,7 +44,7 @@ def stored(tmp_path_factory):
     """The same digits as a folder, an ``.npz`` and shards, and others to compare with."""
     root = tmp_path_factory.mktemp("stored")
     for name, split in (("samples", "val"), ("real", "train")):
-        images, _ = next(uint8_batches(load_data("digits", split, 16), COUNT, count=COUNT))
+        images, *_ = next(uint8_batches(load_data("digits", split, 16), COUNT, count=COUNT))
         save_npz(root / f"{name}.npz", images)
         (root / name).mkdir()
         for index, image in enumerate(images):
@@ -151,7 +151,7 @@ def test_published_statistics_without_images(stored, evaluate, tmp_path):
 
 def test_adm_files_are_read_with_sfid(stored, evaluate, tmp_path, monkeypatch):
     """ADM's layout, whose images bring precision and recall, through an Inception with random weights."""
-    images, _ = next(uint8_batches(load_data("digits", "train", 16), 5, count=5))
+    images, *_ = next(uint8_batches(load_data("digits", "train", 16), 5, count=5))
     write_random_inception(tmp_path / "weights.pth", images, monkeypatch)
     monkeypatch.setattr(features, "INCEPTION_SHA256_PREFIX", "")
     network = features.load_features(f"inception:{tmp_path / 'weights.pth'}")
@@ -227,7 +227,7 @@ def test_grayscale_is_read_as_three_equal_channels(stored, evaluate, tmp_path):
     for name in ("gray", "gray.npz"):
         with pytest.warns(UserWarning, match="grayscale images are read as RGB"):
             images = open_images(str(tmp_path / name))
-            pixels, _ = next(uint8_batches(images, COUNT))
+            pixels, *_ = next(uint8_batches(images, COUNT))
         assert torch.equal(pixels, torch.from_numpy(gray)[:, None].expand(-1, 3, -1, -1))
 
 

@@ -5,11 +5,11 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, BlipImageProcessor, BlipProcessor
 
+from tiny_models.judges import WORDS, save_judge
 from vistok.errors import UserError
+from vistok.eval.judges import BlipVQA
 from vistok.merging.compbench import (
-    BlipVQA,
     Prompt,
     Subject,
     attribute_score,
@@ -22,25 +22,10 @@ from vistok.merging.compbench import (
     run,
 )
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "hat", "cup", "?", "yes", "no"]
-
 
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory):
-    """A BLIP of a few thousand random weights, in a folder."""
-    folder = tmp_path_factory.mktemp("blip")
-    text = {"vocab_size": len(WORDS), "hidden_size": 16, "encoder_hidden_size": 16, "intermediate_size": 16}
-    text |= {"num_hidden_layers": 1, "num_attention_heads": 2, "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision |= {"image_size": 16, "patch_size": 8}
-    torch.manual_seed(0)
-    model = BlipForQuestionAnswering(BlipConfig(text_config=text | {"pad_token_id": 0}, vision_config=vision))
-    for parameter in model.parameters():  # large, so that question and image matter
-        torch.nn.init.normal_(parameter, std=0.5)
-    model.save_pretrained(folder)
-    tokenizer = BertTokenizer({word: index for index, word in enumerate(WORDS)})
-    BlipProcessor(BlipImageProcessor(size={"height": 16, "width": 16}), tokenizer).save_pretrained(folder)
-    return folder
+    return save_judge("blip", tmp_path_factory.mktemp("blip"))
 
 
 def picture(seed):
@@ -148,5 +133,5 @@ def test_the_command_line(blip, tmp_path, monkeypatch, capsys):
 
 
 def test_a_judge_that_is_none(tmp_path):
-    with pytest.raises(UserError, match="cannot be read as a BLIP"):
+    with pytest.raises(UserError, match=r"--judge .* cannot be read"):
         BlipVQA(str(tmp_path))

@@ -178,7 +178,7 @@ def generation_metrics(samples, class_ids, reference=None):
     sets = samples if isinstance(samples, list) else [("16", samples)]
     network = load_features("digits")
     reference = reference or measure_reference(load_data("digits", "train", 16), network)
-    batches = [(dict(sets), class_ids)]
+    batches = [(dict(sets), class_ids, torch.arange(len(class_ids)))]
     val = load_data("digits", "val", 16)
     return measure_generation(batches, len(class_ids), reference, network, uint8_batches(val, 100), len(val))
 
@@ -255,7 +255,8 @@ def test_generation_from_several_numbers_of_tokens():
         alone = generation_metrics([(length, images)], classes, reference)
         assert together["tokens"][length] == alone["tokens"][length]
         assert together["held_out"] == alone["held_out"]
-    batches = [({name: images[rows] for name, images in sets}, classes[rows]) for rows in torch.arange(60).split(7)]
+    places = torch.arange(60).split(7)
+    batches = [({name: images[rows] for name, images in sets}, classes[rows], rows) for rows in places]
     pieces = measure_generation(batches, 60, reference, network)
     for length in ("1", "16"):
         assert pieces["tokens"][length] == pytest.approx(together["tokens"][length], rel=1e-4)

@@ -41,7 +41,7 @@ class Given(torch.nn.Module):
 def found(tmp_path_factory):
     """Layers of real digits and of noisy ones: half of them are nearly those of the real set, half are not."""
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    real, _ = next(uint8_batches(load_data("digits", "train", 16), REAL, count=REAL))
+    real, *_ = next(uint8_batches(load_data("digits", "train", 16), REAL, count=REAL))
     noise = torch.randint(-60, 60, (FAKE, *real.shape[1:]), generator=torch.Generator().manual_seed(0))
     noise[: FAKE // 2] //= 30
     fake = (real[:FAKE].int() + noise).clamp(0, 255).to(torch.uint8)
@@ -144,10 +144,10 @@ def test_all_figures_of_a_set():
     network = load_features("digits")
     train, val = load_data("digits", "train", 16), load_data("digits", "val", 16)
     reference = measure_reference(train, network, batch_size=700)
-    samples = [({"all": images}, labels) for images, labels in uint8_batches(val, 100)]
+    samples = [({"all": images}, *more) for images, *more in uint8_batches(val, 100)]
     metrics = measure_generation(samples, len(val), reference, network)
     real, fake = (
-        torch.cat([network.layers(images)["pool"] for images, _ in uint8_batches(one, 500)]).double()
+        torch.cat([network.layers(images)["pool"] for images, *_ in uint8_batches(one, 500)]).double()
         for one in (train, val)
     )
     kid = kid_features_to_metric(fake, real, kid_subsets=100, kid_subset_size=len(val), rng_seed=2020)
@@ -171,7 +171,7 @@ def test_all_figures_of_a_set():
 def test_two_halves_of_digits_are_near():
     """The figure that the README states: gFID-750 of one half of the training digits against the other."""
     network = load_features("digits")
-    images = torch.cat([images for images, _ in uint8_batches(load_data("digits", "train", 16), 500)])
+    images = torch.cat([images for images, *_ in uint8_batches(load_data("digits", "train", 16), 500)])
     halves = []
     for half in (images[0::2], images[1::2]):
         moments = Moments(network.num_features)
@@ -189,8 +189,8 @@ def test_statistics_do_not_grow_with_the_images():
     sizes = {}
     for count in (100, 400):
         statistics = ImageStatistics(network, count, most_kept=50)
-        for images, labels in uint8_batches(load_data("digits", "train", 16), 50, count=count):
-            statistics.update(images, labels)
+        for batch in uint8_batches(load_data("digits", "train", 16), 50, count=count):
+            statistics.update(*batch)
         states = [
             value
             for metric in (*statistics.moments.values(), *statistics.scores.values())

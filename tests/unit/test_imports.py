@@ -26,7 +26,7 @@ ALLOWED = {
     "tokenizers": BASE | PARTS,
     "generators": BASE | PARTS,
     "text_encoders": BASE | {"nn"},
-    "merging": BASE | PARTS | {"data"},
+    "merging": BASE | PARTS | {"generators", "data", "eval"},
     "pictures": {"errors", "checkpoint"},
     "pipeline": BASE | {"pictures"},
     "published": {"errors", "tokens", "cli", "checkpoint", "config"},

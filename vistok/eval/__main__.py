@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 
 from vistok.cli import ArgumentParser, main
+from vistok.errors import UserError
 from vistok.eval.commands import (
     compare,
+    dpg,
     gallery,
+    genai,
     generation,
     geneval,
     probe,
@@ -17,12 +20,15 @@ from vistok.eval.commands import (
     train_features,
     train_teacher,
 )
+from vistok.eval.processes import num_processes, together
 
 COMMANDS = (
     reconstruction,
     generation,
     reference,
     geneval,
+    dpg,
+    genai,
     probe,
     compare,
     report,
@@ -30,6 +36,8 @@ COMMANDS = (
     train_features,
     train_teacher,
 )
+SHARED = (reconstruction, generation, reference, geneval, probe)
+"""Commands that several processes can share out."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,16 +59,19 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_flags(one)
-        one.set_defaults(run=command.run)
+        one.set_defaults(run=command.run, shared=command in SHARED, command=name)
     return parser
 
 
 def run() -> None:
     """Parse the command line and do what it says."""
-    args = build_parser().parse_args()
-    if getattr(args, "checkpoint", None) and args.out is None:
-        args.out = args.checkpoint / "eval"
-    args.run(args)
+    with together():
+        args = build_parser().parse_args()
+        if num_processes() > 1 and not args.shared:
+            raise UserError(f"{args.command} is the work of one process: start it without torchrun")
+        if getattr(args, "checkpoint", None) and args.out is None:
+            args.out = args.checkpoint / "eval"
+        args.run(args)
 
 
 def _examples(*lines: str) -> str:

@@ -21,7 +21,9 @@ from vistok.eval import inception_score, kid
 from vistok.eval.features import FeatureNetwork
 from vistok.eval.fid import DEFINITION, frechet_distance, metric_name
 from vistok.eval.image_statistics import ImageStatistics
+from vistok.eval.images import Batch
 from vistok.eval.neighbours import copies_share, nearest_distance, precision_recall
+from vistok.eval.processes import rows_of_all
 from vistok.eval.reference import MOST_IMAGES, Reference
 from vistok.interfaces import NULL_CLASS
 
@@ -38,8 +40,9 @@ DEFINITIONS = {
     "copies": f"pixel L2 to the nearest reference image below percentile {COPIES_PERCENTILE:g} of held-out images",
 }
 
-Batch = tuple[UInt8[Tensor, "B 3 H W"], Int[Tensor, " B"]]
-"""Images and their classes, -1 where there is none."""
+SampledBatch = tuple[dict[str, UInt8[Tensor, "B 3 H W"]], Int[Tensor, " B"], Int[Tensor, " B"]]
+"""By the number of tokens, the images made from that many; the classes that they were asked to show, -1 without one;
+and their places among all samples."""
 
 
 def balanced_classes(count: int, num_classes: int) -> Int[Tensor, " N"]:
@@ -64,7 +67,7 @@ def captions(dataset: Dataset, count: int) -> list[str]:
 
 
 def measure_generation(
-    samples: Iterable[tuple[dict[str, UInt8[Tensor, "B 3 H W"]], Int[Tensor, " B"]]],
+    samples: Iterable[SampledBatch],
     count: int,
     reference: Reference,
     network: FeatureNetwork,
@@ -75,9 +78,10 @@ def measure_generation(
 ) -> dict[str, Any]:
     """Compare samples with real images; each batch is forgotten before the next one is read.
 
+    Of several processes each gives its share of the batches, at least one, and gets the figures of all of them.
+
     Args:
-        samples: batches: by the number of tokens, the images made from that many; and the classes that they were asked
-            to show, -1 without one.
+        samples: batches.
         count: samples in all batches of one number of tokens.
         reference: real images that samples should resemble.
         network: for features, and for class accuracy if it knows the classes.
@@ -97,28 +101,28 @@ def measure_generation(
     """
     sets: dict[str, ImageStatistics] = {}
 
-    def add(name: str, total: int, images: Tensor, labels: Tensor) -> None:
+    def add(name: str, total: int, *batch: Tensor) -> None:
         if name not in sets:
             sets[name] = ImageStatistics(network, total, MOST_SAMPLES, seed, device)
-        sets[name].update(images, labels)
+        sets[name].update(*batch)
 
-    for images, labels in held_out or ():
-        add("held_out", held_out_count, images, labels)
-    for by_length, labels in samples:
+    for images, labels, rows in held_out or ():
+        add("held_out", held_out_count, images, labels, rows)
+    for by_length, labels, rows in samples:
         for length, images in by_length.items():
-            add(length, count, images, labels)
-    rows, deviations = {}, {}
+            add(length, count, images, labels, rows)
+    figures, deviations = {}, {}
     for name, statistics in sets.items():
-        rows[name], deviations[name] = _compare(statistics, reference)
+        figures[name], deviations[name] = _compare(statistics, reference)
     accuracies = {name: statistics.class_accuracy() for name, statistics in sets.items()}
     for name, accuracy in accuracies.items():
         if accuracy is not None and None not in accuracies.values():
-            rows[name]["class_accuracy"] = accuracy
+            figures[name]["class_accuracy"] = accuracy
     metrics: dict[str, Any] = {"counts": {"samples": count, "reference": reference.count}}
     if "held_out" in sets:
-        metrics |= {"held_out": rows.pop("held_out")}
+        metrics |= {"held_out": figures.pop("held_out")}
         metrics["counts"]["held_out"] = sets["held_out"].count
-    return {"tokens": rows, **metrics, "standard_deviations": deviations}
+    return {"tokens": figures, **metrics, "standard_deviations": deviations}
 
 
 def measure_copies(
@@ -130,7 +134,8 @@ def measure_copies(
 ) -> tuple[dict[str, float], float]:
     """Share of samples that lie nearer to a reference image than all but a hundredth of real held-out images do.
 
-    The time grows with samples x reference images x pixels, and all samples are in memory.
+    The time grows with samples x reference images x pixels, and all samples are in memory. Of several processes each
+    gives its share of the samples and held-out images, and reads the whole reference.
 
     Args:
         samples: by the number of tokens, equally many of each.
@@ -144,11 +149,11 @@ def measure_copies(
     """
     pixels = torch.cat([held_out, *samples.values()]).to(device)
     nearest = torch.full((len(pixels),), torch.inf, dtype=torch.float64, device=device)
-    for images, _ in reference:
+    for images, *_ in reference:
         nearest = nearest.minimum(nearest_distance(pixels, images.to(device)))
         if progress:
             progress(len(images))
-    of_real, *of_samples = nearest.split([len(held_out), *map(len, samples.values())])
+    of_real, *of_samples = map(rows_of_all, nearest.split([len(held_out), *map(len, samples.values())]))
     found = [copies_share(distances, of_real, COPIES_PERCENTILE) for distances in of_samples]
     return dict(zip(samples, (share for share, _ in found))), found[0][1]
 

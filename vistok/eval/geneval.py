@@ -26,6 +26,7 @@ from vistok.checkpoint import write_text
 from vistok.data.datamodule import Dataset
 from vistok.errors import UserError, first_line
 from vistok.eval.detectors import Detector
+from vistok.eval.processes import of_all, own_share
 from vistok.geneval_rules import RELATIONS, TASKS, Entry, faults, spread
 from vistok.interfaces import Generator, SampleOptions, Tokenizer
 from vistok.pictures import labelled_grid, save_png, to_pil, to_uint8
@@ -88,6 +89,8 @@ def measure_geneval(
 ) -> tuple[dict[str, list[Record]], Image.Image]:
     """Judge every image, and show some.
 
+    Of several processes each judges its share of the samples and gets the records of all of them, in order.
+
     Args:
         detector: finds objects.
         entries: the prompts.
@@ -104,10 +107,14 @@ def measure_geneval(
             record = judge(detector, image, entries[number], filename)
             records.setdefault(series, []).append(record)
         if number in shown:
-            shown[number].append((record, image))
+            shown[number].append((record, image.clone()))  # not the whole batch that it is a view of
         if progress:
             progress(1)
-    return records, picture(list(shown.values()))
+    judged, pictured = of_all(records), of_all(shown)
+    return (
+        {series: [record for part in judged for record in part[series]] for series in records},
+        picture([[cell for part in pictured for cell in part[number]] for number in shown]),
+    )
 
 
 def by_task(records: list[Record]) -> dict[str, dict[str, float]]:
@@ -146,9 +153,10 @@ def generated_samples(
 ) -> Iterator[Sample]:
     """Sample an image for each of ``prompts``, which name each prompt ``per_prompt`` times; a series for each length.
 
-    Image ``i`` of all depends on ``seed`` and ``i`` alone. One batch is in memory at a time.
+    Image ``i`` of all depends on ``seed`` and ``i`` alone. One batch is in memory at a time. Of several processes each
+    samples its share.
     """
-    for first in range(0, len(prompts), batch_size):
+    for first in own_share(range(0, len(prompts), batch_size)):
         rows = prompts[first : first + batch_size]
         decoded = sample_prefixes(
             generator, tokenizer, rows, options, lengths, seed, batch_size, decode_options, first=first
@@ -160,18 +168,20 @@ def generated_samples(
 
 
 def real_samples(dataset: Dataset, prompts: int, per_prompt: int) -> Iterator[Sample]:
-    """Images of ``dataset`` in order, which know nothing of the prompts that they stand for: what chance gives."""
-    for place in range(prompts * per_prompt):
+    """Images of ``dataset`` in order, which know nothing of the prompts that they stand for: what chance gives.
+
+    Of several processes each gets its share.
+    """
+    for place in own_share(range(prompts * per_prompt)):
         number, index = divmod(place, per_prompt)
         image = to_uint8(dataset.get(place % len(dataset))["image"])
         yield number, sample_name(number, index), {"real": image}
 
 
 def stored_samples(files: list[list[Path]]) -> Iterator[Sample]:
-    """The image files of each prompt."""
-    for number, of_prompt in enumerate(files):
-        for file in of_prompt:
-            yield number, str(file), {"unknown": read_image(file)}
+    """The image files of each prompt; of several processes, the share of this one."""
+    for number, file in own_share([(number, file) for number, of_prompt in enumerate(files) for file in of_prompt]):
+        yield number, str(file), {"unknown": read_image(file)}
 
 
 def kept_samples(samples: Iterable[Sample], folder: Path, entries: list[Entry]) -> Iterator[Sample]:
@@ -179,9 +189,8 @@ def kept_samples(samples: Iterable[Sample], folder: Path, entries: list[Entry]) 
     for number, name, images in samples:
         *_, image = images.values()
         save_png(to_pil(image), folder / name)
-        metadata = (folder / name).parents[1] / METADATA
-        if not metadata.exists():
-            write_text(metadata, json.dumps(entries[number]) + "\n")
+        if name == sample_name(number, 0):
+            write_text((folder / name).parents[1] / METADATA, json.dumps(entries[number]) + "\n")
         yield number, name, images
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from vistok.eval.features import FeatureNetwork
 from vistok.eval.fid import Gaussian, Moments
 from vistok.eval.inception_score import InceptionScore, ordered_parts, shuffled_parts
+from vistok.eval.processes import of_all, rows_of_all
 from vistok.rng import seeded_generator
 
 
@@ -16,6 +17,7 @@ class ImageStatistics:
     """Sums of features of a set of images, and the features of some of them.
 
     Memory does not grow with the number of images, but for the features, of which at most ``most_kept`` are kept.
+    Each of several processes adds its share; what comes out is of all of them, in order.
 
     Args:
         network: the feature network.
@@ -40,13 +42,12 @@ class ImageStatistics:
         self.kept_rows = draw(total, min(most_kept, total), seed)
         self._kept = torch.empty(len(self.kept_rows), network.num_features)
         self._num_kept = 0
-        self.count = self.labelled = self.right = 0
+        self._counts = torch.zeros(3, dtype=torch.int64)
 
     @torch.no_grad()
-    def update(self, images: UInt8[Tensor, "B 3 H W"], labels: Int[Tensor, " B"]) -> None:
-        """Add the next images; labels are -1 where there is no class."""
+    def update(self, images: UInt8[Tensor, "B 3 H W"], labels: Int[Tensor, " B"], rows: Int[Tensor, " B"]) -> None:
+        """Add images; labels are -1 where there is no class, rows are ascending places among all images."""
         layers = self.network.layers(images.to(self.device))
-        rows = torch.arange(self.count, self.count + len(images))
         for layer, moments in self.moments.items():
             moments.update(layers[layer])
         for cut, score in self.scores.items():
@@ -54,14 +55,18 @@ class ImageStatistics:
         kept = layers["pool"][torch.isin(rows, self.kept_rows).to(self.device)]
         self._kept[self._num_kept : self._num_kept + len(kept)] = kept.cpu()
         self._num_kept += len(kept)
-        self.labelled += int((labels >= 0).sum())
-        self.right += self.network.count_right(layers["pool"], labels)
-        self.count += len(images)
+        right = self.network.count_right(layers["pool"], labels)
+        self._counts += torch.tensor([len(images), int((labels >= 0).sum()), right])
 
     @property
     def kept(self) -> Float[Tensor, "M F"]:
         """Pool features of the images of ``kept_rows``, in order."""
-        return self._kept[: self._num_kept]
+        return rows_of_all(self._kept[: self._num_kept])
+
+    @property
+    def count(self) -> int:
+        """How many images there were."""
+        return self._totals()[0]
 
     def gaussians(self) -> dict[str, Gaussian]:
         """The Gaussian of each layer, ``pool`` and ``spatial``."""
@@ -73,8 +78,11 @@ class ImageStatistics:
 
     def class_accuracy(self) -> float | None:
         """Share of images that the network takes for their class; None unless each has one and it knows classes."""
-        known = "class" in self.network.heads and self.labelled == self.count
-        return self.right / self.count if known else None
+        count, labelled, right = self._totals()
+        return right / count if "class" in self.network.heads and labelled == count else None
+
+    def _totals(self) -> list[int]:
+        return torch.stack(of_all(self._counts)).sum(0).tolist()
 
 
 def draw(total: int, count: int, seed: int) -> Int[Tensor, " count"]:

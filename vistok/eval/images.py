@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 import zipfile
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -20,32 +21,46 @@ from vistok.data.datamodule import Dataset, load_data, make_loader, ordered_batc
 from vistok.data.images import ImageDataset, Record
 from vistok.data.transforms import center_crop, to_tensor
 from vistok.errors import UserError
+from vistok.eval.processes import of_all, own_share
 from vistok.pictures import to_uint8
 
 NPZ_IMAGES = "arr_0"
 GRAY = ("1", "L", "LA")
 GRAY_NOTE = "grayscale images are read as RGB with three equal channels"
 
+Batch = tuple[UInt8[Tensor, "B 3 H W"], Int[Tensor, " B"], Int[Tensor, " B"]]
+"""Images, their classes (-1 where there is none), and their places among all images."""
+
 
 def image_batches(
-    dataset: Dataset, batch_size: int, workers: int = 0, count: int | None = None
+    dataset: Dataset, batch_size: int, workers: int = 0, count: int | None = None, whole: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Images of a data set in order, without augmentation, leaving out unreadable ones that it skips.
+
+    Of several processes each gets its share.
 
     Args:
         dataset: of images.
         batch_size: images at a time.
         workers: loader processes.
         count: take the first so many; None takes all.
+        whole: all of these in every process.
 
     Yields:
         ``{"image": float32 (B, 3, H, W) in [-1, 1], "label": int64 (B,), "position": int64 (B,)}``; where nothing is
         skipped, the position is the image's index.
     """
+    count = count or len(dataset)
+    batches = ordered_batches(count, batch_size)
+    mine = batches if whole else own_share(batches)
+    # The data set puts the next image in the place of one that it skips: that would count twice.
     seen: set[str] = set()
-    for batch in make_loader(dataset, ordered_batches(count or len(dataset), batch_size), workers):
+    if len(mine) < len(batches):
+        _, last = mine[-1][-1]
+        if last + 1 < count or count == len(dataset):
+            seen.add(dataset.get((last + 1) % count)["key"])  # another process takes it
+    for batch in make_loader(dataset, mine, workers):
         rows = []
-        # The data set puts the next image in the place of one that it skips: that would count twice.
         for row, key in enumerate(batch["key"]):
             if key not in seen:
                 seen.add(key)
@@ -55,11 +70,26 @@ def image_batches(
 
 
 def uint8_batches(
-    dataset: Dataset, batch_size: int, workers: int = 0, count: int | None = None
-) -> Iterator[tuple[UInt8[Tensor, "B 3 H W"], Tensor]]:
-    """Images as metrics see them, and their labels, int64 ``(B,)``; the rest as :func:`image_batches`."""
-    for batch in image_batches(dataset, batch_size, workers, count):
-        yield to_uint8(batch["image"]), batch["label"]
+    dataset: Dataset, batch_size: int, workers: int = 0, count: int | None = None, whole: bool = False
+) -> Iterator[Batch]:
+    """Images as metrics see them, their labels and their positions; the rest as :func:`image_batches`."""
+    for batch in image_batches(dataset, batch_size, workers, count, whole):
+        yield to_uint8(batch["image"]), batch["label"], batch["position"]
+
+
+class PixelHash:
+    """A hash of a set of images in order, whichever batches and processes they come in."""
+
+    def __init__(self) -> None:
+        self._digests: list[bytes] = []
+
+    def update(self, images: UInt8[Tensor, "B 3 H W"]) -> None:
+        """Add images."""
+        self._digests += [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
+
+    def hexdigest(self) -> str:
+        """SHA-256 of the SHA-256 of each image, of all processes."""
+        return hashlib.sha256(b"".join(of_all(b"".join(self._digests)))).hexdigest()
 
 
 class StoredImages:

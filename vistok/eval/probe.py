@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from vistok.errors import UserError
+from vistok.eval.processes import rows_of_all
 from vistok.interfaces import Autoencoder
 
 Pool = Literal["mean", "flatten"]
@@ -59,13 +58,7 @@ def pooled_features(
         labels.append(batch["label"])
         if progress:
             progress(len(found))
-    return _of_all_processes(torch.cat(features), device), _of_all_processes(torch.cat(labels), device)
-
-
-def _of_all_processes(rows: Tensor, device: torch.device | str) -> Tensor:
-    if not (dist.is_available() and dist.is_initialized()):
-        return rows
-    return torch.cat(gather_all_tensors(rows.to(device))).cpu()
+    return rows_of_all(torch.cat(features)), rows_of_all(torch.cat(labels))
 
 
 def linear_probe(

@@ -24,7 +24,7 @@ class EvalProtocol:
     """The conditions of one evaluation, as plain JSON values.
 
     Args:
-        task: "reconstruction", "generation", "geneval" or "probe".
+        task: "reconstruction", "generation", "geneval", "dpg", "genai" or "probe".
         data: the dataset's own ``description``: which images, and the rule (such as "adm_center_crop") that says how
             they are cropped, with which filter they are resized.
         split: of the images reconstructed ("all" if none were held out), or held out when copies are counted.
@@ -34,8 +34,8 @@ class EvalProtocol:
         weights: "ema" or "raw", for each component that took part.
         settings: decode options, and sampling options or prefix lengths; of a probe, options of the features.
         seed: names the decoder's and the generator's noise.
-        features: ``{"name", "sha256", "resize", "dtype"}`` of the feature network, or what identifies GenEval's
-            detector; empty without one. ``resize`` is how the network brings images to its own size.
+        features: ``{"name", "sha256", "resize", "dtype"}`` of the feature network, or what identifies a
+            detector or judge; empty without one. ``resize`` is how the network brings images to its own size.
         reference: what distribution metrics compare with, or a probe was fitted to: ``{"images", "count", ...}`` with
             the SHA-256 of its pixels, or that of a file of statistics.
         definitions: which variant of each metric was computed.

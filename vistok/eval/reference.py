@@ -7,7 +7,6 @@ these images and, as JSON, what they were made of.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -29,7 +28,8 @@ from vistok.errors import UserError
 from vistok.eval.features import FeatureNetwork, sha256_of
 from vistok.eval.fid import Gaussian, check_finite
 from vistok.eval.image_statistics import ImageStatistics
-from vistok.eval.images import NPZ_IMAGES, NpzImages, uint8_batches
+from vistok.eval.images import NPZ_IMAGES, NpzImages, PixelHash, uint8_batches
+from vistok.eval.processes import gather_file, of_all, rows_of_all
 
 MOST_IMAGES = 10_000
 """Real images behind precision, recall and the kernel distance, as in ADM's files."""
@@ -84,6 +84,8 @@ def measure_reference(
 ) -> Reference:
     """All images of a data set as a reference; memory does not grow with their number.
 
+    Of several processes each reads its share and gets the reference of all of them.
+
     Args:
         dataset: of real images.
         network: the feature network.
@@ -91,17 +93,16 @@ def measure_reference(
         batch_size: images at a time.
         workers: loader processes.
         device: where metrics are computed.
-        keep: called with those images, batch after batch.
+        keep: called with those images of the share, batch after batch.
         progress: called with the number of images read since the last call.
     """
     statistics = ImageStatistics(network, len(dataset), MOST_IMAGES, seed, device)
-    pixels = hashlib.sha256()
-    for images, labels in uint8_batches(dataset, batch_size, workers):
+    pixels = PixelHash()
+    for images, labels, rows in uint8_batches(dataset, batch_size, workers):
         if keep:
-            rows = torch.arange(statistics.count, statistics.count + len(images))
             keep(images[torch.isin(rows, statistics.kept_rows)])
-        statistics.update(images, labels)
-        pixels.update(images.numpy().tobytes())
+        statistics.update(images, labels, rows)
+        pixels.update(images)
         if progress:
             progress(len(images))
     description = {
@@ -225,6 +226,11 @@ class ImageFile:
         self._rows.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
         self.count += len(images)
 
+    def gather(self) -> None:
+        """Bring the images of all processes together in the first one's, in order."""
+        self.count = sum(of_all(self.count))
+        gather_file(self._rows)
+
     def save(self, path: Path, arrays: dict[str, np.ndarray] | None = None) -> None:
         """Write the file, with more ``arrays`` if they are given; ``path`` is whole or absent."""
         shape = (self.count, self.image_size_px, self.image_size_px, 3)
@@ -252,8 +258,8 @@ def _pool_features(
     progress: Callable[[int], None] | None,
 ) -> Float[Tensor, "M F"]:
     parts = []
-    for rows, _ in uint8_batches(images, batch_size, count=min(MOST_IMAGES, len(images))):
-        parts.append(network.features(rows.to(device)).cpu())
+    for pixels, *_ in uint8_batches(images, batch_size, count=min(MOST_IMAGES, len(images))):
+        parts.append(network.features(pixels.to(device)).cpu())
         if progress:
-            progress(len(rows))
-    return torch.cat(parts)
+            progress(len(pixels))
+    return rows_of_all(torch.cat(parts))

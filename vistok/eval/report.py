@@ -19,8 +19,9 @@ Result = tuple[Path, EvalProtocol, dict[str, Any], dict[str, Any]]
 """Path below the run, protocol, metrics and circumstances of one result file."""
 
 PARTS = ("tokenizer", "generator")
-TASKS = ("reconstruction", "generation", "geneval", "probe")
+TASKS = ("reconstruction", "generation", "geneval", "dpg", "genai", "probe")
 """Names of the files that the commands of ``python -m vistok.eval`` write."""
+ASKED = {"dpg": "DPG-Bench", "genai": "GenAI-Bench"}
 HEADLINES = ("class_accuracy", "recall", "copies_share", "gFID")
 LOSSES = "loss_curves.png"
 REPORT = "report.md"
@@ -127,6 +128,11 @@ def _summary(results: list[Result], stages: list[tuple[str, float]]) -> list[str
             rows += [
                 [f"GenEval{of}: {task}, share of images right", number(value), number(chance[task]) if chance else ""]
                 for task, value in list(metrics["tokens"].values())[-1].items()
+            ]
+        elif protocol.task in ASKED:
+            title = f"{ASKED[protocol.task]}{of} by the judge {protocol.features['name']}"
+            rows += [
+                [f"{title}: {name}", number(value), ""] for name, value in list(metrics["tokens"].values())[-1].items()
             ]
         else:
             counts = metrics["counts"]

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from vistok.cli import ArgumentParser, main, positive_int, usable_device
 from vistok.errors import UserError, first_line
+from vistok.eval.judges import BlipVQA
 from vistok.merging.entities import load_spacy
 
 Judge = Callable[[Image.Image, Sequence[str]], Float[Tensor, " Q"]]
@@ -112,49 +112,6 @@ def find_images(folder: Path, prompts: Sequence[Prompt]) -> dict[str, list[Path]
     if missing := [text for text, files in found.items() if not files]:
         raise UserError(f"{folder}: {len(missing)} of {len(prompts)} prompts have no image, such as {missing[0]!r}")
     return found
-
-
-class BlipVQA:
-    """BLIP (arXiv 2201.12086) as a judge: the probability that its answer begins with "yes".
-
-    Args:
-        path: a folder of ``transformers`` or a repository of the Hugging Face hub.
-        device: where it runs.
-
-    Raises:
-        UserError: if the files are missing or are no BLIP for question answering.
-    """
-
-    def __init__(self, path: str = "Salesforce/blip-vqa-base", device: str = "cpu") -> None:
-        from transformers import BlipForQuestionAnswering, BlipProcessor
-
-        try:
-            self.processor: Any = BlipProcessor.from_pretrained(path)
-            loaded: Any = BlipForQuestionAnswering.from_pretrained(path, output_loading_info=True)
-        except Exception as error:  # transformers raises whatever its parsers and its transport do
-            raise UserError(f"--judge: {path} cannot be read as a BLIP: {first_line(error)}") from None
-        model, info = loaded
-        # A tensor that is not in the file would keep its random initial value.
-        if missing := sorted(info["missing_keys"]):
-            raise UserError(f"--judge: {path} lacks {len(missing)} tensor(s) of BLIP-VQA, such as {missing[0]}")
-        self.model = model.to(device).eval()
-        self._yes = self.processor.tokenizer("yes", add_special_tokens=False).input_ids[0]
-
-    @torch.no_grad()
-    def __call__(self, image: Image.Image, questions: Sequence[str]) -> Float[Tensor, " Q"]:
-        """See :data:`Judge`."""
-        model, processor = self.model, self.processor
-        pixels = processor.image_processor(image, return_tensors="pt").pixel_values.to(model.device)
-        seen = model.vision_model(pixels)[0]
-        begin = torch.full((1, 1), model.decoder_start_token_id, device=model.device)
-        answers = []
-        # One at a time: the answer to a padded question would depend on its padding.
-        for question in questions:
-            words = processor.tokenizer(question, return_tensors="pt").input_ids.to(model.device)
-            asked = model.text_encoder(words, encoder_hidden_states=seen)[0]
-            logits = model.text_decoder(begin, encoder_hidden_states=asked).logits[0, -1]
-            answers.append(logits.float().softmax(dim=-1)[self._yes])
-        return torch.stack(answers).cpu()
 
 
 def attribute_score(judge: Judge, image: Image.Image, phrases: Sequence[str]) -> float:

@@ -8,11 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vistok.cli import add_data_flags, add_sampling_flags, positive_int, sampling_flags, token_counts, usable_device
 from vistok.errors import UserError
 from vistok.eval.features import SMALL_NETWORKS, FeatureNetwork, load_features
+from vistok.eval.processes import own_device
 from vistok.interfaces import SampleOptions
 
 
@@ -82,8 +81,7 @@ def add_place_flags(parser: argparse.ArgumentParser) -> None:
 def add_batch_flags(parser: argparse.ArgumentParser) -> None:
     """``--batch-size`` and ``--device``."""
     parser.add_argument("--batch-size", type=positive_int, default=100, help="images at a time (default: 100)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, type=usable_device, help="default: %(default)s")
+    parser.add_argument("--device", default=own_device(), type=usable_device, help="default: %(default)s")
 
 
 def features_of(args: argparse.Namespace) -> FeatureNetwork:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int, UInt8
 from torch import Tensor
-from tqdm import tqdm
 
 from vistok.checkpoint import export_hash, export_info, load_text_encoder
 from vistok.cli import add_data_flags, flag_for, positive_int
@@ -31,10 +28,11 @@ from vistok.eval.commands.flags import (
     sample_options,
     sampling_settings,
 )
-from vistok.eval.commands.output import save
+from vistok.eval.commands.output import progress_bar, save
 from vistok.eval.features import FeatureNetwork
 from vistok.eval.fid import fid_notes
-from vistok.eval.images import open_images, uint8_batches
+from vistok.eval.images import PixelHash, open_images, uint8_batches
+from vistok.eval.processes import is_first, own_share, rows_of_all
 from vistok.eval.protocol import EvalProtocol
 from vistok.eval.reference import (
     ImageFile,
@@ -73,7 +71,7 @@ class Samples:
     """What is measured.
 
     Args:
-        batches: of images by the number of tokens they were made from, and of their classes.
+        batches: of several processes, the share of this one.
         count: images of each number of tokens.
         image_size_px: their side.
         labels: words for each image of the picture.
@@ -84,7 +82,7 @@ class Samples:
         held_out: real images that are not among them.
     """
 
-    batches: Iterator[tuple[dict[str, UInt8[Tensor, "B 3 H W"]], Int[Tensor, " B"]]]
+    batches: Iterator[generation.SampledBatch]
     count: int
     image_size_px: int
     labels: list[str]
@@ -145,14 +143,14 @@ def run(args: argparse.Namespace) -> None:
     args.out = args.out or Path(f"{Path(args.images).with_suffix('')}_eval")
     file = None if args.images else ImageFile(args.out, samples.image_size_px)
     copies = args.copies and samples.train is not None
-    digest = hashlib.sha256()
+    digest = PixelHash()
     shown: list[Tensor] = []
     pixels: dict[str, list[Tensor]] = {}
 
-    def watched(bar: tqdm) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        for images, labels in samples.batches:
+    def watched() -> Iterator[generation.SampledBatch]:
+        for images, labels, places in samples.batches:
             *_, longest = images.values()
-            digest.update(longest.numpy().tobytes())
+            digest.update(longest)
             if len(shown) < PICTURED:
                 shown.extend(longest)
             if file:
@@ -160,16 +158,16 @@ def run(args: argparse.Namespace) -> None:
             if copies:
                 for length, rows in images.items():
                     pixels.setdefault(length, []).append(rows)
-            yield images, labels
+            yield images, labels, places
             bar.update(len(labels))
 
     held_out, held_out_count = None, 0
     if samples.held_out is not None:
         held_out, held_out_count = uint8_batches(samples.held_out, args.batch_size, args.workers), len(samples.held_out)
         generation.check_counts(held_out=held_out_count)
-    with tqdm(total=samples.count, desc="sample" if file else "measure", unit="img", leave=False) as bar:
+    with progress_bar("sample" if file else "measure", samples.count) as bar:
         metrics = generation.measure_generation(
-            watched(bar), samples.count, reference, network, held_out, held_out_count, args.seed, args.device
+            watched(), samples.count, reference, network, held_out, held_out_count, args.seed, args.device
         )
     if copies:
         _add_copies(args, samples, {length: torch.cat(parts) for length, parts in pixels.items()}, metrics)
@@ -188,9 +186,13 @@ def run(args: argparse.Namespace) -> None:
         definitions=generation.DEFINITIONS,
         models=samples.models | {"samples": digest.hexdigest()},
     )
+    picture = rows_of_all(torch.stack(shown[:PICTURED]))[:PICTURED]
+    if file:
+        file.gather()
+    if not is_first():
+        return
     if file:
         file.save(args.out / "samples.npz")
-    picture = torch.stack(shown[:PICTURED])
     save_png(labelled_grid(*rows_by_label(picture, samples.labels[: len(picture)])), args.out / "generation.png")
     *_, row = metrics["tokens"].values()
     notes = fid_notes(network, samples.count, reference.count) + reference.notes()
@@ -229,13 +231,13 @@ def _generated(args: argparse.Namespace) -> Samples:
         labels = generation.captions(held_out, count)
         condition = Prompts(load_text_encoder(args.checkpoint, args.text_encoder, args.device), labels)
 
-    def batches() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        for start in range(0, count, args.batch_size):
+    def batches() -> Iterator[generation.SampledBatch]:
+        for start in own_share(range(0, count, args.batch_size)):
             rows = slice(start, start + args.batch_size)
             made = sample_prefixes(
                 generator, tokenizer, condition[rows], options, lengths, args.seed, args.batch_size, decode, first=start
             )
-            yield {str(length): images for length, images in made.items()}, class_ids[rows]
+            yield {str(length): images for length, images in made.items()}, class_ids[rows], torch.arange(count)[rows]
 
     return Samples(
         batches=batches(),
@@ -269,9 +271,9 @@ def _stored(args: argparse.Namespace) -> Samples:
         raise UserError(f"--count {count}: {args.images} holds {len(images)} images")
     train, held_out = _real(args, images.image_size_px)
 
-    def batches() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        for rows, labels in uint8_batches(images, args.batch_size, args.workers, count):
-            yield {ALL_TOKENS: rows}, labels
+    def batches() -> Iterator[generation.SampledBatch]:
+        for rows, labels, places in uint8_batches(images, args.batch_size, args.workers, count):
+            yield {ALL_TOKENS: rows}, labels, places
 
     return Samples(
         batches=batches(),
@@ -295,7 +297,7 @@ def _real(args: argparse.Namespace, size: int) -> tuple[Dataset | None, Dataset 
 
 def _reference(args: argparse.Namespace, samples: Samples, network: FeatureNetwork) -> Reference:
     if args.reference and holds_statistics(Path(args.reference)):
-        with tqdm(desc="reference", unit="img", leave=False) as bar:
+        with progress_bar("reference") as bar:
             reference = load_reference(Path(args.reference), network, args.batch_size, args.device, bar.update)
         check_size(samples.image_size_px, reference.image_size_px)
         return reference
@@ -304,7 +306,7 @@ def _reference(args: argparse.Namespace, samples: Samples, network: FeatureNetwo
         check_size(samples.image_size_px, images.image_size_px)
     dataset = images if args.reference else samples.train
     assert dataset is not None
-    with tqdm(total=len(dataset), desc="reference", unit="img", leave=False) as bar:
+    with progress_bar("reference", len(dataset)) as bar:
         return measure_reference(
             dataset, network, args.seed, args.batch_size, args.workers, args.device, progress=bar.update
         )
@@ -313,9 +315,9 @@ def _reference(args: argparse.Namespace, samples: Samples, network: FeatureNetwo
 def _add_copies(args: argparse.Namespace, samples: Samples, pixels: dict[str, Tensor], metrics: dict[str, Any]) -> None:
     """Copies of the training images, beside the other figures."""
     assert samples.train is not None and samples.held_out is not None
-    held_out = torch.cat([images for images, _ in uint8_batches(samples.held_out, args.batch_size, args.workers)])
-    reference = uint8_batches(samples.train, args.batch_size, args.workers)
-    with tqdm(total=len(samples.train), desc="copies", unit="img", leave=False) as bar:
+    held_out = torch.cat([images for images, *_ in uint8_batches(samples.held_out, args.batch_size, args.workers)])
+    reference = uint8_batches(samples.train, args.batch_size, args.workers, whole=True)
+    with progress_bar("copies", len(samples.train), whole=True) as bar:
         shares, threshold = generation.measure_copies(pixels, held_out, reference, args.device, bar.update)
     for length, share in shares.items():
         metrics["tokens"][length]["copies_share"] = share

@@ -4,40 +4,31 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from rich.table import Table
-from tqdm import tqdm
 
-from vistok.checkpoint import export_hash, export_info, load_text_encoder
 from vistok.cli import flag_for, positive_int
 from vistok.config import parse_overrides
 from vistok.data.datamodule import Dataset, PromptedDataset, load_images
 from vistok.errors import UserError
 from vistok.eval import geneval
-from vistok.eval.commands.flags import (
-    add_generator_flags,
-    add_noise_flags,
-    add_place_flags,
-    sample_options,
-    sampling_settings,
+from vistok.eval.commands.output import console, new_table, progress_bar, show, write
+from vistok.eval.commands.prompted import (
+    PromptedGenerator,
+    add_prompted_flags,
+    only_keep,
+    prompted_protocol,
+    show_overview,
 )
-from vistok.eval.commands.output import console, new_table, show, write
 from vistok.eval.detectors import Detector, LearnedDetector, WorldDetector, self_test
-from vistok.eval.protocol import EvalProtocol, number, table_by_tokens
+from vistok.eval.processes import is_first, of_all
+from vistok.eval.protocol import EvalProtocol, table_by_tokens
 from vistok.geneval_rules import TASKS, Entry, spread
 from vistok.pictures import save_png
-from vistok.pipeline import (
-    Prompts,
-    check_guidance,
-    load_models,
-    prefix_lengths,
-    read_decode_options,
-    read_sample_options,
-)
 
 HELP = "share of images that show what a prompt asks for, in GenEval's six tasks"
 EXAMPLES = (
@@ -85,17 +76,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         choices=("train", "val"),
         help="colours asked for: held-out pairs or not (default: val)",
     )
-    parser.add_argument("--count-per-prompt", type=positive_int, default=4, metavar="N", help="images (default: 4)")
     parser.add_argument(
         "--most-per-task", type=positive_int, metavar="N", help="of each task only so many prompts, for a quick look"
     )
-    parser.add_argument(
-        "--cfg-scale", type=scales, default=[1.0], metavar="S[,S...]", help="guidance scales; 1 is none (default: 1)"
-    )
-    add_generator_flags(parser)
-    add_noise_flags(parser)
-    add_place_flags(parser)
-    parser.add_argument("--save-images", action="store_true", help="also as OUT/geneval_images/00000/samples/0000.png")
+    add_prompted_flags(parser, per_prompt=4, layout="geneval_images/00000/samples/0000.png")
 
 
 @flag_for("data.args.", "--data-args ")
@@ -110,51 +94,30 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _score_generator(args: argparse.Namespace) -> None:
-    # Refuses bad values before anything is loaded.
-    options = [sample_options(args, scale) for scale in args.cfg_scale]
-    generator, tokenizer, tokenizer_path = load_models(args.checkpoint, args.tokenizer, args.device)
-    if not generator.text_width:
-        raise UserError(f"the generator in {args.checkpoint} is conditioned on classes: GenEval asks in words")
-    check_guidance(args.checkpoint, *args.cfg_scale)
-    lengths = prefix_lengths(tokenizer.spec, args.tokens or [tokenizer.spec.num_positions])
-    size, decode = tokenizer.spec.image_size_px, read_decode_options(tokenizer, args.decode)
-    extra = read_sample_options(generator, args.sampling)
-    outs = [args.out / f"cfg_{scale:g}" if len(options) > 1 else args.out for scale in args.cfg_scale]
-    folders = [out / "geneval_images" if args.save_images else None for out in outs]
-    if there := [folder for folder in folders if folder and folder.exists()]:
-        raise UserError(f"{there[0]} exists: remove it or give another --out")
+    source = PromptedGenerator(args, "geneval")
+    of_all(None)  # no process writes images before all have seen that there are none
     if not (args.data or args.metadata):
         raise UserError("--checkpoint needs prompts: --data shapes, or --metadata FILE")
-    benchmark = _benchmark(args, size, [])
-    encoder = load_text_encoder(args.checkpoint, args.text_encoder, args.device)
-    prompts = Prompts(encoder, [entry["prompt"] for entry in benchmark.entries for _ in range(args.count_per_prompt)])
+    benchmark = _benchmark(args, source.image_size_px, [])
+    prompts = source.read([entry["prompt"] for entry in benchmark.entries])
     chance = _chance(benchmark, args.count_per_prompt)
     overview = {}
-    for option, out, folder in zip(options, outs, folders):
+    for option, out, folder in source.runs:
         started = time.perf_counter()
-        option = replace(option, extra=extra)
-        samples = geneval.generated_samples(
-            generator, tokenizer, prompts, args.count_per_prompt, option, lengths, args.seed, args.batch_size, decode
-        )
+        samples = source.samples(prompts, option)
         if folder:
             samples = geneval.kept_samples(samples, folder, benchmark.entries)
         if benchmark.detector is None:
-            for _ in tqdm(samples, total=len(prompts), desc="sample", unit="img", leave=False):
-                pass
-            console.print(f"{len(prompts)} samples, not judged without --detector: {folder}", soft_wrap=True)
+            only_keep(samples, len(prompts), folder, "--detector")
             continue
-        with tqdm(total=len(prompts), desc="sample and judge", unit="img", leave=False) as bar:
+        with progress_bar("sample and judge", len(prompts)) as bar:
             records, picture = geneval.measure_geneval(benchmark.detector, benchmark.entries, samples, bar.update)
-        settings = {"tokens": lengths, "sampling": sampling_settings(option), "decode": decode}
-        settings["count_per_prompt"] = args.count_per_prompt
-        parts = {"generator": args.checkpoint, "tokenizer": tokenizer_path}
-        protocol = _protocol(args, benchmark, benchmark.detector, len(prompts), size, settings, parts)
+        settings = source.settings(option)
+        protocol = _protocol(
+            args, benchmark, benchmark.detector, len(prompts), source.image_size_px, settings, source.parts
+        )
         overview[f"{option.cfg_scale:g}"] = _save_scores(args, out, started, protocol, records, picture, chance)
-    if len(overview) > 1:
-        table = new_table("GenEval by guidance scale", ["cfg-scale", *next(iter(overview.values()))])
-        for scale, row in overview.items():
-            table.add_row(scale, *map(number, row.values()))
-        show(table, [])
+    show_overview("GenEval", overview)
 
 
 def _score_folder(args: argparse.Namespace) -> None:
@@ -166,7 +129,7 @@ def _score_folder(args: argparse.Namespace) -> None:
     if benchmark.detector is None:
         raise UserError("--images needs who judges them: --data shapes, or --detector DIR for photographs")
     count = sum(map(len, files))
-    with tqdm(total=count, desc="judge", unit="img", leave=False) as bar:
+    with progress_bar("judge", count) as bar:
         samples = geneval.stored_samples(files)
         records, picture = geneval.measure_geneval(benchmark.detector, benchmark.entries, samples, bar.update)
     protocol = _protocol(args, benchmark, benchmark.detector, count, size, {}, {})
@@ -211,7 +174,7 @@ def _chance(benchmark: geneval.Benchmark, per_prompt: int) -> dict[str, float]:
     if benchmark.world is None or benchmark.detector is None:
         return {}
     samples = geneval.real_samples(benchmark.world, len(benchmark.entries), per_prompt)
-    with tqdm(total=len(benchmark.entries) * per_prompt, desc="judge real images", unit="img", leave=False) as bar:
+    with progress_bar("judge real images", len(benchmark.entries) * per_prompt) as bar:
         records, _ = geneval.measure_geneval(benchmark.detector, benchmark.entries, samples, bar.update)
     return geneval.scores(*records.values())
 
@@ -225,20 +188,10 @@ def _protocol(
     settings: dict[str, Any],
     parts: dict[str, Path],
 ) -> EvalProtocol:
-    return EvalProtocol(
-        task="geneval",
-        data=benchmark.description,
-        split=benchmark.description["split"],
-        count=count,
-        image_size_px=image_size_px,
-        quantised=True,
-        weights={name: export_info(path).get("weights", "unknown") for name, path in parts.items()},
-        settings=settings,
-        seed=args.seed,
-        features=detector.identity,
-        reference={},
-        definitions=geneval.DEFINITIONS | {"rules": asdict(detector.rules)},
-        models={name: export_hash(path) for name, path in parts.items()},
+    definitions = geneval.DEFINITIONS | {"rules": asdict(detector.rules)}
+    data = benchmark.description
+    return prompted_protocol(
+        args, "geneval", data, count, image_size_px, detector.identity, definitions, settings, parts
     )
 
 
@@ -258,6 +211,8 @@ def _save_scores(
     metrics = {"tokens": scores, "tasks": geneval.by_task(last), "counts": counts}
     if chance:
         metrics |= {"held_out": chance, "counts": counts | {"held_out": len(last)}}
+    if not is_first():
+        return geneval.scores(last)
     geneval.save_results(out / "geneval_results.jsonl", last)
     save_png(picture, out / "geneval.png")
     path = write(args, out, started, protocol, metrics)
@@ -285,11 +240,3 @@ def _task_table(title: str, records: list[geneval.Record], chance: dict[str, flo
     table.add_section()
     add("overall, the mean", ["", "", ""], geneval.scores(records)["overall"], "overall")
     return table
-
-
-def scales(text: str) -> list[float]:
-    """Numbers between commas, as a ``type`` for argparse."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be numbers such as 1,2.5, got {text!r}") from None

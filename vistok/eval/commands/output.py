@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import resource
 import shlex
 import sys
@@ -14,11 +15,20 @@ from typing import Any
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from tqdm import tqdm
 
 from vistok.eval.curves import curve_of, plot_by_tokens
+from vistok.eval.processes import is_first, num_processes
 from vistok.eval.protocol import EvalProtocol, save_result, table_by_tokens
 
 console = Console()
+
+
+def progress_bar(what: str, total: int | None = None, whole: bool = False) -> tqdm:
+    """Progress over ``total`` images: that of the first process, over its share unless it takes the ``whole``."""
+    if total and not whole:
+        total = math.ceil(total / num_processes())
+    return tqdm(total=total, desc=what, unit="img", leave=False, disable=not is_first())
 
 
 def save(
@@ -77,5 +87,6 @@ def run_details(args: argparse.Namespace, started: float) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 1e6),
         "device": args.device,
+        "processes": num_processes(),
         "versions": {name: version(name) for name in ("torch", "torchmetrics", "vistok")},
     }

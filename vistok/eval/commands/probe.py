@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import time
 
-from tqdm import tqdm
-
 from vistok.checkpoint import export_hash, export_info, load_autoencoder
 from vistok.cli import flag_for
 from vistok.config import parse_overrides
 from vistok.data.datamodule import load_images
 from vistok.eval import probe
 from vistok.eval.commands.flags import add_source_flags
-from vistok.eval.commands.output import save
+from vistok.eval.commands.output import progress_bar, save
 from vistok.eval.images import image_batches
+from vistok.eval.processes import is_first
 from vistok.eval.protocol import EvalProtocol
 from vistok.pipeline import read_feature_options
 
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     options = read_feature_options(model, args.features)
     size, data_args = model.spec.image_size_px, parse_overrides(args.data_args)
     train, held_out = (load_images(args.data, split, size, data_args) for split in ("train", "val"))
-    with tqdm(total=len(train) + len(held_out), desc="features", unit="img", leave=False) as bar:
+    with progress_bar("features", len(train) + len(held_out)) as bar:
         read, known = (
             probe.pooled_features(
                 model,
@@ -53,6 +52,8 @@ def run(args: argparse.Namespace) -> None:
             )
             for dataset in (train, held_out)
         )
+    if not is_first():
+        return
     counts = {"train": len(read[1]), "held_out": len(known[1])}
     protocol = EvalProtocol(
         task="probe",

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 
-from tqdm import tqdm
-
 from vistok.checkpoint import export_hash, export_info, load_autoencoder
 from vistok.cli import flag_for, positive_int, token_counts
 from vistok.config import parse_overrides
@@ -14,10 +12,11 @@ from vistok.data.datamodule import CheckableDataset, load_images
 from vistok.eval import reconstruction, similarity
 from vistok.eval.codebook import describe
 from vistok.eval.commands.flags import add_measuring_flags, features_of, identity
-from vistok.eval.commands.output import new_table, save, show
+from vistok.eval.commands.output import new_table, progress_bar, save, show
 from vistok.eval.curves import curve_of, plot_by_tokens
 from vistok.eval.fid import fid_notes
 from vistok.eval.images import image_batches
+from vistok.eval.processes import is_first
 from vistok.eval.protocol import EvalProtocol
 from vistok.pictures import save_png
 from vistok.pipeline import prefix_lengths, read_decode_options
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
 
     batches = image_batches(dataset, args.batch_size, args.workers, count)
     rows = reconstruction.variants(lengths, decode, steps)
-    with tqdm(total=count * len(rows), desc="reconstruct", unit="img", leave=False) as bar:
+    with progress_bar("reconstruct", count * len(rows)) as bar:
         metrics = reconstruction.measure_reconstruction(
             tokenizer,
             batches,
@@ -92,6 +91,8 @@ def run(args: argparse.Namespace) -> None:
             steps,
             comparisons,
         )
+    if not is_first():
+        return
     shown = {sample["key"]: sample for sample in map(dataset.get, range(min(10, count)))}
     examples = reconstruction.decode_examples(tokenizer, list(shown.values()), rows, args.seed)
 

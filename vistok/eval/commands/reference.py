@@ -6,14 +6,13 @@ import argparse
 import json
 from pathlib import Path
 
-from tqdm import tqdm
-
 from vistok.cli import add_data_flags, flag_for
 from vistok.config import parse_overrides
 from vistok.data.datamodule import load_images
 from vistok.eval.commands.flags import add_batch_flags, add_features_flag, adm_protocol, features_of
-from vistok.eval.commands.output import console
+from vistok.eval.commands.output import console, progress_bar
 from vistok.eval.fid import fid_notes
+from vistok.eval.processes import is_first
 from vistok.eval.reference import ImageFile, measure_reference, save_reference
 
 HELP = "statistics of real images as an .npz with ADM's keys, for generation --reference"
@@ -45,10 +44,13 @@ def run(args: argparse.Namespace) -> None:
     dataset = load_images(args.data, args.split, args.protocol, parse_overrides(args.data_args), val_fraction=held_out)
     network = features_of(args)
     images = ImageFile(args.out.parent, args.protocol)
-    with tqdm(total=len(dataset), desc="reference", unit="img", leave=False) as bar:
+    with progress_bar("reference", len(dataset)) as bar:
         reference = measure_reference(
             dataset, network, args.seed, args.batch_size, args.workers, args.device, images.write, bar.update
         )
+    images.gather()
+    if not is_first():
+        return
     save_reference(args.out, reference, network, images)
     what = f"{reference.count} images of {args.protocol} px, {network.name} ({network.sha256[:8]})"
     console.print(f"saved: {args.out}: {what}", highlight=False, soft_wrap=True)
