@@ -252,7 +252,7 @@ def _place(rng: np.random.Generator, radii: Float[np.ndarray, " n"]) -> Float[np
 
 def _caption(rng: np.random.Generator, things: tuple[SceneObject, ...], alike: bool) -> str:
     """A true sentence about the scene; it may leave out sizes, colours or the relation."""
-    with_size, with_color, with_relation = rng.random(3) < (0.4, 0.5, 0.6)
+    with_size, with_color, with_relation = rng.random(3) < (0.4, 0.6, 0.5)
 
     def describe(thing: SceneObject) -> str:
         words = [thing.size] * bool(with_size) + [thing.color] * bool(with_color) + [thing.shape]
