@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 
 from tiny_models.args import VARIANTS
 from tiny_models.exports import export_generator, export_tokenizer
+from tiny_models.judges import save_judge
 from tiny_models.models import component_of, make_tokenizer
 from tiny_models.text import save_t5
 from vistok.checkpoint import export
@@ -86,6 +87,13 @@ def made(tmp_path_factory):
     save_t5(root / "t5")
     spec["text_encoder"] = {"name": "t5", "args": {"path": "./../t5"}}
     (root / "speaking/spec.json").write_text(json.dumps(spec))
+    save_judge("blip", root / "blip")
+    (root / "dpg_bench.csv").write_text(
+        "item_id,text,proposition_id,dependency,tuple,question_natural_language\n"
+        "a,a red hat,1,0,entity - whole (hat),Is there a hat?\n"
+        "a,a red hat,2,1,attribute - color (hat; red),Is the hat red?\n"
+        "b,a cup,1,0,entity - whole (cup),Is there a cup?\n"
+    )
     return root
 
 
@@ -102,6 +110,10 @@ def words_of(task, made):
             *(task, "--checkpoint", made / "speaking", "--data", "shapes", *batches),
             *("--most-per-task", 1, "--count-per-prompt", 2, "--save-images"),
         ),
+        "dpg": (
+            *(task, "--checkpoint", made / "speaking", "--questions", made / "dpg_bench.csv", *batches),
+            *("--judge", made / "blip", "--save-images"),
+        ),
         "probe": (task, "--checkpoint", made / "tokenflow", *data, *batches),
     }[task]
 
@@ -110,7 +122,7 @@ def said_nothing(said):
     return said == {"code": 0, "out": "", "err": said["err"]} and "error" not in said["err"]
 
 
-@pytest.mark.parametrize("task", ["reconstruction", "generation", "geneval", "probe"])
+@pytest.mark.parametrize("task", ["reconstruction", "generation", "geneval", "dpg", "probe"])
 def test_two_processes_write_what_one_does(made, tmp_path, task):
     words = words_of(task, made)
     one, two = tmp_path / "one", tmp_path / "two"
@@ -136,8 +148,8 @@ def test_two_processes_write_what_one_does(made, tmp_path, task):
         assert metrics["counts / reference"] == 23, "the unreadable one is left out, none counts twice"
         assert {"KID-14", "IS-14", "recall-14"} < {name.split(" / ")[-1].split(" (")[0] for name in metrics}
         assert (np.load(one / "samples.npz")["arr_0"] == np.load(two / "samples.npz")["arr_0"]).all()
-    if task == "geneval":
-        lines = [(folder / "geneval_results.jsonl").read_text() for folder in (one, two)]
+    if task in ("geneval", "dpg"):
+        lines = [(folder / f"{task}_results.jsonl").read_text() for folder in (one, two)]
         assert lines[0] == lines[1]
 
 

@@ -36,7 +36,7 @@ COMMANDS = (
     train_features,
     train_teacher,
 )
-SHARED = (reconstruction, generation, reference, geneval, probe)
+SHARED = (reconstruction, generation, reference, geneval, dpg, genai, probe)
 """Commands that several processes can share out."""
 
 

@@ -26,7 +26,7 @@ from vistok.checkpoint import write_text
 from vistok.data.datamodule import Dataset
 from vistok.errors import UserError, first_line
 from vistok.eval.detectors import Detector
-from vistok.eval.processes import of_all, own_share
+from vistok.eval.processes import groups_of_all, own_share
 from vistok.geneval_rules import RELATIONS, TASKS, Entry, faults, spread
 from vistok.interfaces import Generator, SampleOptions, Tokenizer
 from vistok.pictures import labelled_grid, save_png, to_pil, to_uint8
@@ -110,11 +110,7 @@ def measure_geneval(
             shown[number].append((record, image.clone()))  # not the whole batch that it is a view of
         if progress:
             progress(1)
-    judged, pictured = of_all(records), of_all(shown)
-    return (
-        {series: [record for part in judged for record in part[series]] for series in records},
-        picture([[cell for part in pictured for cell in part[number]] for number in shown]),
-    )
+    return groups_of_all(records), picture(list(groups_of_all(shown).values()))
 
 
 def by_task(records: list[Record]) -> dict[str, dict[str, float]]:

@@ -21,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from vistok.errors import UserError
 
+K = TypeVar("K")
 T = TypeVar("T")
 _PIECE_BYTES = 2**26
 
@@ -92,6 +93,12 @@ def of_all(value: T) -> list[T]:
     values: list[Any] = [None] * num_processes()
     dist.all_gather_object(values, value)
     return values
+
+
+def groups_of_all(groups: dict[K, list[T]]) -> dict[K, list[T]]:
+    """Groups of what all processes found, each in the order of their shares; all of them have the same groups."""
+    parts = of_all(groups)
+    return {key: [found for part in parts for found in part[key]] for key in groups}
 
 
 def rows_of_all(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "N ..."]:

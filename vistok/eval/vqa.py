@@ -20,6 +20,7 @@ from vistok.data.images import IMAGE_SUFFIXES
 from vistok.errors import UserError
 from vistok.eval.geneval import Sample, read_image
 from vistok.eval.judges import Judge
+from vistok.eval.processes import groups_of_all, own_share
 from vistok.geneval_rules import spread
 from vistok.pictures import save_png, to_pil
 
@@ -106,6 +107,8 @@ def measure(
 ) -> dict[str, list[Record]]:
     """Ask about every image.
 
+    Of several processes each asks about its share of the samples and gets the records of all of them, in order.
+
     Args:
         judge: answers.
         items: the prompts.
@@ -123,7 +126,7 @@ def measure(
             records.setdefault(series, []).append(Record(filename, item, tuple(yes)))
         if progress:
             progress(1)
-    return records
+    return groups_of_all(records)
 
 
 def grouped(pairs: Iterable[tuple[Key, float]]) -> dict[Key, list[float]]:
@@ -164,7 +167,7 @@ def find_images(folder: Path, items: Sequence[Item]) -> list[list[Path]]:
 
 
 def stored_samples(files: list[list[Path]], cell_px: int | None = None) -> Iterator[Sample]:
-    """The images of each item.
+    """The images of each item; of several processes each gets its share of the files.
 
     Args:
         files: of each item.
@@ -173,17 +176,16 @@ def stored_samples(files: list[list[Path]], cell_px: int | None = None) -> Itera
     Raises:
         UserError: if a file cannot be read, or is no such grid.
     """
-    for number, of_item in enumerate(files):
-        for file in of_item:
-            image = read_image(file)
-            if cell_px is None:
-                yield number, str(file), {"unknown": image}
-                continue
-            if image.shape[1:] != (2 * cell_px, 2 * cell_px):
-                height, width = image.shape[1:]
-                raise UserError(f"{file} is no grid of 2 x 2 images of {cell_px} px: it has {width} x {height} px")
-            for index, cell in enumerate(cells(image, cell_px)):
-                yield number, f"{file}#{index}", {"unknown": cell}
+    for number, file in own_share([(number, file) for number, of_item in enumerate(files) for file in of_item]):
+        image = read_image(file)
+        if cell_px is None:
+            yield number, str(file), {"unknown": image}
+            continue
+        if image.shape[1:] != (2 * cell_px, 2 * cell_px):
+            height, width = image.shape[1:]
+            raise UserError(f"{file} is no grid of 2 x 2 images of {cell_px} px: it has {width} x {height} px")
+        for index, cell in enumerate(cells(image, cell_px)):
+            yield number, f"{file}#{index}", {"unknown": cell}
 
 
 def cells(grid: UInt8[Tensor, "3 H W"], cell_px: int) -> list[UInt8[Tensor, "3 h w"]]:

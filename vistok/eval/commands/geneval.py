@@ -25,7 +25,7 @@ from vistok.eval.commands.prompted import (
     show_overview,
 )
 from vistok.eval.detectors import Detector, LearnedDetector, WorldDetector, self_test
-from vistok.eval.processes import is_first, of_all
+from vistok.eval.processes import is_first
 from vistok.eval.protocol import EvalProtocol, table_by_tokens
 from vistok.geneval_rules import TASKS, Entry, spread
 from vistok.pictures import save_png
@@ -95,7 +95,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _score_generator(args: argparse.Namespace) -> None:
     source = PromptedGenerator(args, "geneval")
-    of_all(None)  # no process writes images before all have seen that there are none
     if not (args.data or args.metadata):
         raise UserError("--checkpoint needs prompts: --data shapes, or --metadata FILE")
     benchmark = _benchmark(args, source.image_size_px, [])

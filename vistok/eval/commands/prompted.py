@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from vistok.checkpoint import export_hash, export_info, load_text_encoder
 from vistok.cli import positive_int
 from vistok.errors import UserError
@@ -20,8 +18,9 @@ from vistok.eval.commands.flags import (
     sample_options,
     sampling_settings,
 )
-from vistok.eval.commands.output import console, new_table, show
+from vistok.eval.commands.output import console, new_table, progress_bar, show
 from vistok.eval.geneval import Sample, generated_samples
+from vistok.eval.processes import of_all
 from vistok.eval.protocol import EvalProtocol, number
 from vistok.interfaces import SampleOptions
 from vistok.pipeline import (
@@ -91,6 +90,7 @@ class PromptedGenerator:
         folders = [out / f"{task}_images" if args.save_images else None for out in outs]
         if there := [folder for folder in folders if folder and folder.exists()]:
             raise UserError(f"{there[0]} exists: remove it or give another --out")
+        of_all(None)  # no process writes images before all have seen that there are none
         self.runs = [(replace(option, extra=extra), out, folder) for option, out, folder in zip(options, outs, folders)]
 
     def read(self, texts: list[str]) -> Prompts:
@@ -140,8 +140,9 @@ def prompted_protocol(
 
 def only_keep(samples: Iterable[Sample], count: int, folder: Path | None, flag: str) -> None:
     """Draw samples that are written as they are drawn, and say that nobody judged them."""
-    for _ in tqdm(samples, total=count, desc="sample", unit="img", leave=False):
-        pass
+    with progress_bar("sample", count) as bar:
+        for _ in samples:
+            bar.update()
     console.print(f"{count} samples, not judged without {flag}: {folder}", soft_wrap=True)
 
 

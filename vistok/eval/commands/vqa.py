@@ -8,13 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from vistok.checkpoint import write_text
 from vistok.cli import positive_int
 from vistok.errors import UserError
 from vistok.eval import vqa
-from vistok.eval.commands.output import new_table, show, write
+from vistok.eval.commands.output import new_table, progress_bar, show, write
 from vistok.eval.commands.prompted import (
     PromptedGenerator,
     add_prompted_flags,
@@ -24,6 +22,7 @@ from vistok.eval.commands.prompted import (
 )
 from vistok.eval.geneval import Sample, read_image
 from vistok.eval.judges import Judge, load_judge
+from vistok.eval.processes import is_first
 from vistok.eval.protocol import EvalProtocol, number, table_by_tokens
 
 
@@ -105,7 +104,7 @@ def _ask_about_generator(args: argparse.Namespace, benchmark: vqa.Benchmark) -> 
 def _judged(
     judge: Judge, benchmark: vqa.Benchmark, samples: Iterable[Sample], count: int
 ) -> dict[str, list[vqa.Record]]:
-    with tqdm(total=count, desc="judge", unit="img", leave=False) as bar:
+    with progress_bar("judge", count) as bar:
         return vqa.measure(judge, benchmark.items, samples, bar.update)
 
 
@@ -134,6 +133,9 @@ def _save_scores(
     """Write and print everything about one set of samples; its scores."""
     *_, last = records.values()
     scores = {series: benchmark.scores(rows) for series, rows in records.items()}
+    *_, of_last = scores.values()
+    if not is_first():
+        return of_last
     counts = {"prompts": len(benchmark.items), "samples": len(last)}
     metrics: dict[str, Any] = {"tokens": scores, "parts": benchmark.parts(last), "counts": counts}
     notes = []
@@ -150,7 +152,6 @@ def _save_scores(
     for name, part in metrics["parts"].items():
         table.add_row(name, str(part[benchmark.counted]), number(part["score"]))
     table.add_section()
-    *_, of_last = scores.values()
     table.add_row("overall", "", number(of_last["overall"]))
     show(table, notes, path)
     if len(records) > 1:
