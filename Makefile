@@ -31,7 +31,7 @@ t2i-demo: install  ## train a VQGAN and a GPT that reads captions on shapes, sam
 	@$(BIN)/python train.py --config configs/shapes/vqgan.yaml output=$(T2I)/tokenizer trainer.max_updates=1000 resume=auto
 	@test -e $(T2I)/codes || $(BIN)/python -m vistok.data tokens --tokenizer $(T2I)/tokenizer --data shapes --data-args train_count=60000 --out $(T2I)/codes
 	@$(BIN)/python train.py --config configs/shapes/gpt_text.yaml tokenizer=$(T2I)/tokenizer output=$(T2I)/generator \
-		data.name=code_cache data.args.path=$(T2I)/codes generator.args.width=160 generator.args.heads=5 trainer.max_updates=1500 \
+		data.name=code_cache data.args.path=$(T2I)/codes generator.args.width=160 generator.args.heads=5 trainer.max_updates=1200 \
 		trainer.compile=$(if $(shell command -v g++ c++),true,false) resume=auto
 	@$(BIN)/python -m vistok.eval reconstruction --checkpoint $(T2I)/tokenizer --data shapes --count 300 --features none --out $(T2I)
 	@$(BIN)/python sample.py --checkpoint $(T2I)/generator --cfg-scale 4 --count 8 --out $(T2I)/samples \
