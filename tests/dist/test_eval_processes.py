@@ -196,8 +196,8 @@ def test_what_cannot_be_shared_is_one_line(made, tmp_path):
 def gather(rank, folder, data):
     with processes.together():
         images = load_images(str(data), "train", 16, {"on_error": "skip"})
-        pictures = [batch["image"] for batch in image_batches(images, 5)]
-        first_15 = [batch["image"] for batch in image_batches(images, 4, count=15)]
+        positions = [batch["position"] for batch in image_batches(images, 5)]
+        first_15 = [batch["position"] for batch in image_batches(images, 4, count=15)]
         pixels = PixelHash()
         for number in processes.own_share(range(5)):
             pixels.update(torch.full((1, 3, 2, 2), number, dtype=torch.uint8))
@@ -210,8 +210,8 @@ def gather(rank, folder, data):
         shares = processes.of_all([list(processes.own_share(range(count))) for count in (2, 5, 8)])
         rows = processes.rows_of_all(torch.arange(10).view(5, 2)[rank * 3 : rank * 3 + 3])
         whole = [len(batch["position"]) for batch in image_batches(images, 100, whole=True)]
-        pictures, first_15 = (processes.rows_of_all(torch.cat(part)) for part in (pictures, first_15))
-        torch.save([shares, rows, whole, pictures, first_15, pixels.hexdigest()], folder / f"{rank}.pt")
+        positions, first_15 = (processes.rows_of_all(torch.cat(part)) for part in (positions, first_15))
+        torch.save([shares, rows, whole, positions, first_15, pixels.hexdigest()], folder / f"{rank}.pt")
 
 
 def test_what_is_gathered_is_in_order(made, tmp_path):
@@ -220,13 +220,13 @@ def test_what_is_gathered_is_in_order(made, tmp_path):
     pixels = PixelHash()
     pixels.update(torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 3, 2, 2))
     images = load_images(str(made / "data"), "train", 16, {"on_error": "skip"})
-    read = [torch.cat([batch["image"] for batch in image_batches(images, 5, count=count)]) for count in (None, 15)]
+    read = [torch.cat([batch["position"] for batch in image_batches(images, 5, count=count)]) for count in (None, 15)]
     assert [len(part) for part in read] == [23, 15]
-    for shares, rows, whole, pictures, first_15, digest in found:
+    for shares, rows, whole, positions, first_15, digest in found:
         assert shares == [[[0], [0, 1, 2], [0, 1, 2, 3]], [[1], [3, 4], [4, 5, 6, 7]]]
         assert rows.tolist() == torch.arange(10).view(5, 2).tolist()
         assert whole == [23]
-        assert torch.equal(pictures, read[0])
+        assert torch.equal(positions, read[0])
         assert torch.equal(first_15, read[1])
         assert digest == pixels.hexdigest()
     assert (tmp_path / "0.bytes").read_bytes() == b"firstsecond"

@@ -53,12 +53,10 @@ def image_batches(
     count = count or len(dataset)
     batches = ordered_batches(count, batch_size)
     mine = batches if whole else own_share(batches)
-    # The data set puts the next image in the place of one that it skips: that would count twice.
-    seen: set[str] = set()
-    if len(mine) < len(batches):
-        _, last = mine[-1][-1]
-        if last + 1 < count or count == len(dataset):
-            seen.add(dataset.get((last + 1) % count)["key"])  # another process takes it
+    # The data set puts the next image, behind the last the first one, in the place of one that it skips: that would
+    # count twice. It stands where it comes first, which may be in the share of another process.
+    _, first = mine[0][0]
+    seen = {dataset.get(place)["key"] for place in (0, first - 1) if first}
     for batch in make_loader(dataset, mine, workers):
         rows = []
         for row, key in enumerate(batch["key"]):

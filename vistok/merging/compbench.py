@@ -16,23 +16,18 @@ import argparse
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 from tqdm import tqdm
 
 from vistok.cli import ArgumentParser, main, positive_int, usable_device
 from vistok.errors import UserError, first_line
-from vistok.eval.judges import BlipVQA
+from vistok.eval.judges import BlipVQA, Judge
 from vistok.merging.entities import load_spacy
-
-Judge = Callable[[Image.Image, Sequence[str]], Float[Tensor, " Q"]]
-"""The probability that the answer to each question about an image is yes."""
 
 PLACES = frozenset({"top", "the top", "the side", "the left", "the right"})
 """What a parser takes for a noun phrase, although it names no object."""
