@@ -1,4 +1,4 @@
-"""Exports: a folder that rebuilds a model with no other input; and the loading of foreign weights.
+"""Exports: a folder that rebuilds a model with no other input.
 
     model.safetensors   weights (EMA where the run has one)
     config.yaml         kind, name, args: what ``vistok.config.build`` needs
@@ -10,63 +10,27 @@ A run folder is an export folder, so every command line takes either.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vistok.config import Component, build, read_yaml, to_yaml
-from vistok.errors import UserError, first_line
+from vistok.errors import UserError
+from vistok.files import load_weights, save_tensors, write_atomically, write_text
 from vistok.interfaces import Autoencoder, Generator, TextEncoder, Tokenizer
+from vistok.key_maps import load_strictly
 from vistok.tokens import TokenSpec
 
 WEIGHTS, CONFIG, SPEC = "model.safetensors", "config.yaml", "spec.json"
 HERE = "./"
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file (or folder) beside ``path``, then rename it: no final name is half-written.
-
-    Raises:
-        UserError: if the disk refuses; what stood at ``path`` before is untouched.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        with suppress(OSError):
-            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {_disk_error(error)}") from error
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file; raises as :func:`write_atomically`."""
-    write_atomically(path, lambda partial: partial.write_text(text))
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file; use it inside :func:`write_atomically` or a folder that is not yet in its place."""
-    # safetensors makes files that only their owner may read: give them the mode of any new file.
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(dict(tensors), path)
-    path.chmod(mode)
 
 
 def export(
@@ -241,7 +205,10 @@ def seen_from(folder: str | Path, component: Component) -> Component:
 
 
 def load_text_encoder(
-    generator_folder: str | Path, given: str | Path | None = None, device: str | torch.device = "cpu"
+    generator_folder: str | Path,
+    given: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    on_long: str | None = None,
 ) -> TextEncoder:
     """The text encoder that an exported generator was trained with, in eval mode.
 
@@ -249,6 +216,7 @@ def load_text_encoder(
         generator_folder: export of the generator.
         given: folder of the text encoder; by default the recorded one.
         device: where to put it.
+        on_long: ``cut`` or ``refuse`` texts that are too long; by default what is recorded.
 
     Raises:
         UserError: if none is recorded, it is gone, or it cannot be read.
@@ -257,194 +225,12 @@ def load_text_encoder(
     if "text_encoder" not in info:
         raise UserError(f"{generator_folder} does not say which text encoder it was trained with")
     recorded = info["text_encoder"]
-    args = _seen_from_outside(recorded["args"], generator_folder)
+    args = _seen_from_outside(recorded["args"], generator_folder) | ({"on_long": on_long} if on_long else {})
     if given:
         args["path"] = str(given)
     elif _is_here(recorded["args"].get("path")) and not Path(args["path"]).is_dir():
         raise UserError(f"{generator_folder}: its text encoder is not at {args['path']}; give it with --text-encoder")
     return build("text_encoders", Component(recorded["name"], args)).to(device).eval()
-
-
-def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        UserError: if it is missing, truncated or something else.
-    """
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"weights not found: {path}") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no complete safetensors file: {error}") from None
-
-
-def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors of a folder as transformers lays it out: one file, or the parts that its index names.
-
-    Raises:
-        UserError: if there is none, or the index cannot be read.
-    """
-    index = Path(folder) / f"{WEIGHTS}.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{index} is no index of weights: {first_line(error)}") from None
-        return [Path(folder) / name for name in names]
-    if not (Path(folder) / WEIGHTS).is_file():
-        raise UserError(f"{folder} has no weights: supply {WEIGHTS}, or {index.name} and its parts")
-    return [Path(folder) / WEIGHTS]
-
-
-def load_torch_file(path: str | Path) -> Any:
-    """What ``torch.save`` wrote, on the CPU; read as data, nothing in it is ever run.
-
-    Raises:
-        UserError: if it is missing, truncated, or holds more than tensors and plain values.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments of a training script
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"weights not found: {path}") from None
-    except Exception:  # torch.load raises whatever its parsers do, in many words
-        raise UserError(f"{path} is no complete torch file of plain weights") from None
-
-
-def published_file(path_or_hub_id: str, what: str, *names: str) -> Path:
-    """The file of a release, fetched from the hub unless there is such a path.
-
-    Args:
-        path_or_hub_id: a file, or ``OWNER/REPOSITORY/FILE`` of the Hugging Face hub; with ``names`` also a folder, or
-            ``OWNER/REPOSITORY``.
-        what: whose release, for error messages.
-        names: files that the release keeps in one folder; the last is the one wanted, the others shall lie beside it.
-
-    Raises:
-        UserError: if there is neither.
-    """
-    path = Path(path_or_hub_id)
-    if names and path.is_dir():
-        path = path / names[-1]
-    if path.is_file():
-        return path
-    parts = path_or_hub_id.split("/")
-    wanted = names if len(parts) == 2 and path.suffix not in WEIGHT_SUFFIXES else tuple(parts[2:])
-    if path.is_absolute() or len(parts) not in (2, 3) or not wanted:
-        hub = "/".join(["OWNER/REPOSITORY", *([] if names else ["FILE"])])
-        raise UserError(f"published {what} not found: {path} (a file, or {hub} of the Hugging Face hub)")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return [Path(hf_hub_download("/".join(parts[:2]), name)) for name in wanted][-1]
-    except Exception as error:  # the client raises whatever its transport does
-        raise UserError(
-            f"{path_or_hub_id} is neither a file nor one of a repository that can be reached: {first_line(error)}"
-        ) from None
-
-
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Load ``state`` into ``model``; every key must be there with its shape, and nothing else.
-
-    Raises:
-        UserError: naming the first offending keys and shapes.
-    """
-    own = model.state_dict()
-    missing = sorted(own.keys() - state.keys())
-    foreign = sorted(state.keys() - own.keys())
-    shapes = [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    problems = [
-        f"{len(keys)} {what} ({_some(keys)})" for what, keys in (("missing", missing), ("foreign", foreign)) if keys
-    ]
-    problems += [f"{len(shapes)} of another shape ({_some(shapes)})"] if shapes else []
-    if problems:
-        raise UserError(f"{source} does not fit {type(model).__name__}: keys {'; '.join(problems)}")
-    model.load_state_dict(state, strict=True)
-
-
-# ---------------------------------------------------------------------- foreign layouts
-
-
-@dataclass(frozen=True)
-class KeyRule:
-    """How one tensor of ours (``{i}`` stands for a number) is made of published ones.
-
-    Args:
-        ours: our key.
-        theirs: published keys, concatenated along the first dimension (equal parts on the way back).
-        forward: applied to the concatenation; with ``inverse`` for the way back.
-        inverse: undoes ``forward``.
-        last_rows: of the last of ``theirs``, where its part is not equal to that of the other.
-    """
-
-    ours: str
-    theirs: tuple[str, ...]
-    forward: Callable[[Tensor], Tensor] | None = None
-    inverse: Callable[[Tensor], Tensor] | None = None
-    last_rows: int | None = None
-
-
-def layer_rules(ours: str, theirs: str) -> list[KeyRule]:
-    """Weight and bias of one layer."""
-    return [KeyRule(f"{ours}.{part}", (f"{theirs}.{part}",)) for part in ("weight", "bias")]
-
-
-class KeyMap:
-    """A named, invertible map between a published state-dict layout and ours.
-
-    Args:
-        name: for error messages.
-        rules: one for each kind of tensor.
-    """
-
-    def __init__(self, name: str, rules: list[KeyRule]) -> None:
-        self.name, self.rules = name, rules
-
-    def to_ours(self, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our state dict.
-
-        Raises:
-            UserError: for published keys that no rule reads, or parts of a rule that are missing.
-        """
-        ours, used = {}, set()
-        for rule in self.rules:
-            for number in _numbers(rule.theirs[0], published):
-                parts = [key.replace("{i}", number) for key in rule.theirs]
-                if absent := [key for key in parts if key not in published]:
-                    raise UserError(f"{self.name}: {_some(absent)} missing")
-                used.update(parts)
-                value = torch.cat([published[key] for key in parts]) if len(parts) > 1 else published[parts[0]]
-                ours[rule.ours.replace("{i}", number)] = rule.forward(value) if rule.forward else value
-        if foreign := sorted(published.keys() - used):
-            raise UserError(f"{self.name}: unknown key(s) {_some(foreign)}")
-        return ours
-
-    def to_published(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The published state dict; inverse of :meth:`to_ours`, raises alike."""
-        published, used = {}, set()
-        for rule in self.rules:
-            for number in _numbers(rule.ours, ours):
-                key = rule.ours.replace("{i}", number)
-                used.add(key)
-                value = rule.inverse(ours[key]) if rule.inverse else ours[key]
-                parts = value.tensor_split([-rule.last_rows] if rule.last_rows else len(rule.theirs))
-                published.update({name.replace("{i}", number): part for name, part in zip(rule.theirs, parts)})
-        if foreign := sorted(ours.keys() - used):
-            raise UserError(f"{self.name}: unknown key(s) {_some(foreign)}")
-        return published
-
-
-def _numbers(pattern: str, keys: Mapping[str, Any]) -> list[str]:
-    """Values of ``{i}`` for which ``pattern`` names one of ``keys`` ([""] for a pattern without ``{i}``)."""
-    if "{i}" not in pattern:
-        return [""] if pattern in keys else []
-    expression = re.compile(re.escape(pattern).replace(r"\{i\}", r"(\d+)"))
-    return [match.group(1) for key in keys if (match := expression.fullmatch(key))]
 
 
 # ---------------------------------------------------------------------- helpers
@@ -475,15 +261,3 @@ def _info_of_kind(folder: str | Path, kind: str) -> dict[str, Any]:
 def _with_weights(model: Any, folder: str | Path, device: str | torch.device) -> Any:
     load_strictly(model, load_weights(Path(folder) / WEIGHTS), Path(folder) / WEIGHTS)
     return model.to(device).eval()
-
-
-def _disk_error(error: BaseException) -> BaseException:
-    """The operating system's words behind ``error``: torch.save covers "No space left" with words of its own."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__context__
-    return cause or error
-
-
-def _some(items: list[str], most: int = 3) -> str:
-    return ", ".join(items[:most]) + (", ..." if len(items) > most else "")

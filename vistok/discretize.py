@@ -23,6 +23,7 @@ from vistok.errors import UserError
 from vistok.eval.codebook import CodebookUsage
 from vistok.eval.images import image_batches
 from vistok.eval.protocol import number
+from vistok.files import new_folder
 from vistok.quantizers.dimensionwise import KL16_ORDER, TABLES, check_latents, spectral_order
 from vistok.tokenizers.tokenbridge import Config, TokenBridge, build
 from vistok.tokens import Grid2D
@@ -79,22 +80,21 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Fit, measure, print, export."""
     args = parse()
-    if args.out.exists():
-        raise UserError(f"{args.out} exists: give another --out")
-    config = Config(str(args.tokenizer), export_hash(args.tokenizer), args.levels, args.components)
-    bridge = build(config).to(args.device)
-    size, data_args = bridge.spec.image_size_px, parse_overrides(args.data_args)
-    train, val = (load_images(args.data, split, size, data_args) for split in ("train", "val"))
-    fit(bridge, encode(bridge, train, args), args)
-    table, held_out = costs(bridge, encode(bridge, val, args))
-    details = {name: getattr(args, name) for name in ("mode", "order", "cutoff", "drop_dc")}
-    extra = {
-        "weights": export_info(args.tokenizer).get("weights", "unknown"),
-        "fit": {**details, "images": min(args.count, len(train)), "data": train.description},
-        "held_out": held_out,
-    }
-    component = Component("tokenbridge", to_plain(config))
-    export(args.out, "tokenizer", component, bridge.spec, bridge.state_dict(), extra, bridge.frozen_helpers)
+    with new_folder(args.out) as out:
+        config = Config(str(args.tokenizer), export_hash(args.tokenizer), args.levels, args.components)
+        bridge = build(config).to(args.device)
+        size, data_args = bridge.spec.image_size_px, parse_overrides(args.data_args)
+        train, val = (load_images(args.data, split, size, data_args) for split in ("train", "val"))
+        fit(bridge, encode(bridge, train, args), args)
+        table, held_out = costs(bridge, encode(bridge, val, args))
+        details = {name: getattr(args, name) for name in ("mode", "order", "cutoff", "drop_dc")}
+        extra = {
+            "weights": export_info(args.tokenizer).get("weights", "unknown"),
+            "fit": {**details, "images": min(args.count, len(train)), "data": train.description},
+            "held_out": held_out,
+        }
+        component = Component("tokenbridge", to_plain(config))
+        export(out, "tokenizer", component, bridge.spec, bridge.state_dict(), extra, bridge.frozen_helpers)
     console = Console()
     console.print(table)
     console.print(f"saved: {args.out}", highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ import vistok
 from vistok.config import available
 
 ROOT = Path(vistok.__file__).parent
-BASE = {"errors", "tokens", "rng", "interfaces", "config", "checkpoint", "cli"}
+BASE = {"errors", "tokens", "rng", "interfaces", "config", "files", "key_maps", "checkpoint", "cli"}
 PARTS = {"nn", "quantizers", "flow", "losses"}
 ALLOWED = {
     "errors": set(),
@@ -20,18 +20,20 @@ ALLOWED = {
     "config": {"errors"},
     "cli": {"errors"},
     "geneval_rules": set(),
-    "checkpoint": {"errors", "tokens", "interfaces", "config"},
+    "files": {"errors"},
+    "key_maps": {"errors"},
+    "checkpoint": {"errors", "tokens", "interfaces", "config", "files", "key_maps"},
     **dict.fromkeys(PARTS, BASE | {"nn"}),
     "nn": BASE,
     "tokenizers": BASE | PARTS,
     "generators": BASE | PARTS,
     "text_encoders": BASE | {"nn"},
-    "merging": BASE | PARTS | {"generators", "data", "eval"},
-    "pictures": {"errors", "checkpoint"},
+    "merging": BASE | PARTS | {"generators", "data"},
+    "pictures": {"errors", "files"},
     "pipeline": BASE | {"pictures"},
-    "published": {"errors", "tokens", "cli", "checkpoint", "config"},
+    "published": {"errors", "tokens", "cli", "files", "checkpoint", "config"},
     "data": BASE | {"pictures", "geneval_rules"},
-    "eval": BASE | {"nn", "losses", "data", "pictures", "pipeline", "geneval_rules"},
+    "eval": BASE | {"nn", "losses", "merging", "data", "pictures", "pipeline", "geneval_rules"},
     "discretize": BASE | {"data", "eval", "quantizers", "tokenizers"},
     "training": BASE | {"nn", "losses", "data", "eval", "pictures", "pipeline"},
 }

@@ -13,14 +13,14 @@ from tqdm import tqdm
 
 from vistok.checkpoint import export_hash, load_tokenizer
 from vistok.cli import ArgumentParser, add_data_flags, flag_for, main, positive_int, usable_device
-from vistok.config import Component, build, component_module, parse_overrides, read_yaml, typed
+from vistok.config import Component, component_config, component_module, parse_overrides, read_yaml, to_plain, typed
 from vistok.data import code_cache, folders, latent_cache, shapes, shards
 from vistok.data.datamodule import load_images
 from vistok.data.images import Record
-from vistok.data.output import new_folder
 from vistok.data.text_states import DTYPES
 from vistok.errors import UserError
-from vistok.interfaces import TextEncoder, Tokenizer
+from vistok.files import new_folder
+from vistok.interfaces import Tokenizer
 from vistok.pictures import to_pil, to_uint8
 from vistok.rng import seeded_generator
 
@@ -58,7 +58,7 @@ def extract_tokens(arguments: argparse.Namespace) -> None:
         code_cache.extract,
         tokenizer,
         export_hash(arguments.tokenizer),
-        text_encoder=_text_encoder(arguments.text_encoder, arguments.device),
+        text_encoder=_text_encoder(arguments.text_encoder),
         text_bits=arguments.text_bits,
     )
     _write_cache(extract, tokenizer.spec.image_size_px, "tokens", arguments)
@@ -124,13 +124,13 @@ def _tokenizer_of_run(path: str, overrides: list[str]) -> Tokenizer:
     return module.build(typed(module.Config, component.args, where, parse_overrides(overrides)))
 
 
-def _text_encoder(words: list[str] | None, device: str) -> TextEncoder | None:
+def _text_encoder(words: list[str] | None) -> Component | None:
     """The text encoder that ``name=NAME`` and its arguments describe."""
     if words is None:
         return None
     args = parse_overrides(words)
     component = typed(Component, {"name": args.pop("name", MISSING), "args": args}, "--text-encoder")
-    return build("text_encoders", component, where="--text-encoder").to(device)
+    return Component(component.name, to_plain(component_config("text_encoders", component, "--text-encoder")))
 
 
 def _shuffled(dataset: folders.Folders) -> Iterator[Record]:
@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--captions", action="store_true", help="take the .txt files beside the images along")
     part.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="unreadable images (%(default)s)")
 
-    part = command("tokens", extract_tokens, "--tokenizer runs/flextok --data digits --out codes/ --passes 4")
+    part = command("tokens", extract_tokens, "--tokenizer runs/digits/flextok --data digits --out codes/ --passes 4")
     part.add_argument("--tokenizer", required=True, metavar="DIR", help="exported tokenizer or its run folder")
     part.add_argument("--text-encoder", nargs="+", metavar="key=value",
                       help="store what it makes of captions too: name=t5 path=DIR and more, as text_encoder.args of "

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from vistok.data.cache import Cache, Table, go_through, passes_of, read_header, write_header
 from vistok.data.datamodule import Dataset
-from vistok.data.output import new_folder
 from vistok.errors import UserError
+from vistok.files import new_folder
 from vistok.interfaces import Autoencoder
 
 HEADER = "latents.json"
