@@ -57,6 +57,12 @@ def test_a_batch_of_one_equals_a_row_of_a_batch(tokenizer, images):
     torch.testing.assert_close(together[1:2], single, atol=1e-4, rtol=1e-4)
 
 
+def test_autocast_changes_no_id(tokenizer, images):
+    ids = tokenizer.tokenize(images).ids
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tokenizer.tokenize(images).ids, ids)
+
+
 def test_every_legal_prefix_of_a_code_decodes(tokenizer, images):
     tokens = tokenizer.tokenize(images)
     legal = tokenizer.spec.layout.prefixes

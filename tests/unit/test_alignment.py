@@ -118,6 +118,8 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher_file, name, sizes, words
 
 def test_a_file_that_is_no_weights_is_refused(tmp_path):
     with pytest.raises(UserError, match=rf"not found: .*gone\.pth \(supply those of timm's {NAME}"):
+        load_teacher(NAME, tmp_path / "gone.pth")
+    with pytest.raises(UserError, match=rf"not found: .*gone\.pth \(of a {NAME} with sizes of its own: the header of"):
         load_teacher(NAME, tmp_path / "gone.pth", **SIZES)
     for suffix in (".pth", ".safetensors"):
         path = tmp_path / f"broken{suffix}"

@@ -224,8 +224,11 @@ def test_latents_of_a_frozen_vae(tmp_path, images):
     [
         ({"image_size": 18}, "image_size 18 is no multiple of 4"),
         ({"image_size": 2}, "image_size 2"),
-        ({"decoder_width": 50}, "decoder_width 50 is no multiple of head_dim 16"),
+        ({"decoder_width": 52}, "decoder_width 52 is no multiple of head_dim 16"),
         ({"patch_size": 0}, "patch_size must be at least 1"),
+        ({"encoder_width": 66, "head_dim": 6}, "encoder_width must be a multiple of 4, got 66"),
+        ({"max_timestep": 0.0}, "max_timestep must be positive"),
+        ({"code_std": -1.0}, "code_std must be at least 0"),
         ({"head_dim": 0}, "head_dim must be at least 1"),
         ({"num_registers": 0}, "num_registers must be at least 1"),
         ({"encoder_depth": -1}, "encoder_depth must be at least 0"),

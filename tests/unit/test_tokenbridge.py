@@ -201,7 +201,7 @@ def test_a_channel_without_a_distribution_is_named(fitted, tmp_path, mode, bias,
 def test_an_export_is_not_overwritten(fitted):
     folder, _ = fitted()
     before = json.loads((folder / "spec.json").read_text())
-    with pytest.raises(UserError, match="exists: give another --out"):
+    with pytest.raises(UserError, match="exists already"):
         fitted("--mode", "uniform")
     assert json.loads((folder / "spec.json").read_text()) == before
 

@@ -18,9 +18,10 @@ from omegaconf import MISSING
 from torch import Tensor, nn
 from torchvision.models import alexnet, vgg16
 
-from vistok.checkpoint import load_strictly, load_torch_file
 from vistok.errors import UserError
+from vistok.key_maps import load_strictly, load_torch_file
 from vistok.nn.frozen import Frozen
+from vistok.nn.precision import exact
 
 Net = Literal["vgg", "alex"]
 
@@ -99,7 +100,7 @@ class PerceptualLoss:
 
     def __call__(self, images: Float[Tensor, "B 3 H W"], targets: Float[Tensor, "B 3 H W"]) -> Float[Tensor, ""]:
         """Float32, whatever the autocast; images in [-1, 1]."""
-        with Frozen.exact(images.device):
+        with exact(images.device):
             return self.weight * self.lpips.on(images.device)(images.float(), targets.float()).mean()
 
 

@@ -26,11 +26,3 @@ class Frozen(Generic[M]):
     def on(self, device: torch.device) -> M:
         """The module, on ``device``."""
         return self.module.to(device)
-
-    @staticmethod
-    def exact(device: torch.device) -> torch.autocast:
-        """Context in which a helper computes in its own precision, whatever the autocast of the model that uses it.
-
-        Tokens and latents must be the same in training, in a cache and in an evaluation.
-        """
-        return torch.autocast(device.type, enabled=False)

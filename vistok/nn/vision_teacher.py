@@ -12,8 +12,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vistok.checkpoint import WEIGHT_SUFFIXES, load_strictly, load_torch_file, load_weights, published_file
 from vistok.errors import UserError, first_line
+from vistok.files import load_weights
+from vistok.key_maps import is_repository, load_strictly, load_torch_file, published_file
+
+SIZES = {"embed_dim", "depth", "num_heads", "patch_size"}
+"""Arguments of ``timm.create_model`` with which no released weights fit."""
 
 
 class VisionTower(nn.Module):
@@ -140,7 +144,7 @@ def load_model(name: str, weights: str | Path | None = None, **args: Any) -> Any
     """
     model = _make(name, args)
     if weights is not None:
-        load_strictly(model, _converted(model, _read(weights, name), weights), weights)
+        load_strictly(model, _converted(model, _read(weights, name, args), weights), weights)
     return model
 
 
@@ -165,15 +169,18 @@ def _prune(model: Any, penultimate: bool) -> None:
     model.prune_intermediate_layers([-2 if penultimate else -1], prune_norm=penultimate)
 
 
-def _read(source: str | Path, name: str) -> dict[str, Any]:
-    """The content of a weights file, or of that of a repository of the hub."""
+def _read(source: str | Path, name: str, args: dict[str, Any]) -> dict[str, Any]:
+    """The content of a weights file, or of that of a repository of the hub; ``args`` are those of the model."""
     path = Path(source)
     if not path.is_file():
-        if path.is_absolute() or len(path.parts) != 2 or path.suffix in WEIGHT_SUFFIXES:
-            raise UserError(
-                f"teacher weights not found: {path} (supply those of timm's {name}, .safetensors or .pth, or a "
-                f"repository of the Hugging Face hub that has them, such as timm/{name})"
+        if not is_repository(path):
+            supply = (
+                f"supply those of timm's {name}, .safetensors or .pth, or a "
+                f"repository of the Hugging Face hub that has them, such as timm/{name}"
             )
+            if SIZES & args.keys():
+                supply = f"of a {name} with sizes of its own: the header of the run's config says how to make them"
+            raise UserError(f"teacher weights not found: {path} ({supply})")
         path = published_file(str(source), name, "model.safetensors")
     if path.suffix == ".safetensors":
         return load_weights(path)

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vistok.errors import UserError
-from vistok.nn.frozen import Frozen
+from vistok.nn.precision import exact
 from vistok.quantizers.vq import Codebook, Quantized
 from vistok.tokens import MultiScale, refusal
 
@@ -84,7 +84,7 @@ class _Scales(nn.Module, ABC):
 
     def add_up(self, codes: Float[Tensor, "B n C"]) -> Float[Tensor, "B C H W"]:
         """:meth:`decode` of code vectors."""
-        with Frozen.exact(codes.device):
+        with exact(codes.device):
             steps = [self._spread(part, scale) for scale, part in enumerate(self._maps(codes))]
         return torch.stack(steps).sum(dim=0)
 
@@ -97,14 +97,14 @@ class _Scales(nn.Module, ABC):
         Raises:
             UserError: if the ids end inside a scale.
         """
-        with Frozen.exact(ids.device):
+        with exact(ids.device):
             states = zip(self.sizes[1:], self._states(ids))
             parts = [_rows(self._resized(state, size)) for size, state in states]
             return torch.cat([self.embed(ids[:, :0]), *parts], dim=1)
 
     def refined_inputs(self, ids: Int[Tensor, "B n"]) -> Float[Tensor, "B m C"]:
         """What a generator reads to predict the last of the given scales once more, its present codes included."""
-        with Frozen.exact(ids.device):
+        with exact(ids.device):
             *_, state = self._states(ids)
             return _rows(self._resized(state, self.sizes[self._num_scales(ids.shape[1]) - 1]))
 
@@ -179,7 +179,8 @@ class ResidualMultiscale(_Scales):
         drop: how often a training batch goes without one of its scales (never the first).
 
     Raises:
-        UserError: for an entropy penalty in mode ``residual``, whose losses are not those of single vectors.
+        UserError: for an entropy penalty in mode ``residual``, whose losses are not those of single vectors, or a
+            ``drop`` outside [0, 1].
     """
 
     def __init__(
@@ -194,6 +195,8 @@ class ResidualMultiscale(_Scales):
         super().__init__(codebook.dim, sizes, phi, mode, phi_ratio)
         if mode == "residual" and codebook.options.entropy:
             raise UserError("mode residual has no entropy penalty: set entropy to 0, or take mode cascade")
+        if not 0 <= drop <= 1:
+            raise UserError(f"scale_drop must lie in [0, 1], got {drop}")
         self.codebook, self.drop = codebook, drop
 
     def embed(self, ids: Int[Tensor, "B n"]) -> Float[Tensor, "B n C"]:
@@ -242,7 +245,7 @@ class ResidualMultiscale(_Scales):
         """As :meth:`forward` without the scale ``dropped``, learning nothing; also the vectors that became codes."""
         if tuple(h.shape[-2:]) != self.sizes[-1]:
             raise UserError(f"the last scale is {self.sizes[-1]}, but the map to quantize is {tuple(h.shape[-2:])}")
-        with Frozen.exact(h.device):
+        with exact(h.device):
             return (self._cascade if self.mode == "cascade" else self._residual)(h.float(), dropped)
 
     def _cascade(self, h: Float[Tensor, "B C H W"], dropped: int | None) -> tuple[Quantized, Float[Tensor, "B N C"]]:
@@ -299,7 +302,7 @@ class ResidualMultiscale(_Scales):
             vectors.append(self.codebook.normalize(z))
             return vectors[-1]
 
-        with Frozen.exact(h.device):
+        with exact(h.device):
             list(self._steps(h.float(), lookup))
         return torch.cat(vectors, dim=1)
 

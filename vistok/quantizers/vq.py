@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from vistok.errors import UserError
-from vistok.nn.frozen import Frozen
+from vistok.nn.precision import exact
 
 SCORES = {"cpu": 2**21}
 """Scores of vectors against entries in memory at one time, by kind of device: on a CPU what its cache holds."""
@@ -49,6 +49,8 @@ class CodebookOptions:
 
     Args:
         normalized: vectors and rows are l2-normalised wherever they meet, as in LlamaGen and TokenFlow.
+        raw_codes: what is normalised is normalised for the comparison alone, and a code is the row as it is: VAR's
+            ``using_znorm``.
         beta: weight of the commitment term, which pulls vectors to their codes.
         entropy: weight of the entropy penalty, which wants every vector sure and all entries used; 0 skips its
             (vectors x entries) softmax.
@@ -61,6 +63,7 @@ class CodebookOptions:
     """
 
     normalized: bool = True
+    raw_codes: bool = False
     beta: float = 0.25
     entropy: float = 0.0
     ema_decay: float = 0.0
@@ -134,11 +137,14 @@ class Codebook(nn.Module):
     # ------------------------------------------------------------------ lookup
 
     def normalize(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """Vectors as they are compared, float32: each branch of unit norm, or unchanged.
+        """Vectors as they are used, float32: each branch of unit norm, or unchanged.
 
         Raises:
             UserError: if they have another number of channels than the table.
         """
+        return z.float() if self.options.raw_codes else self._comparable(z)
+
+    def _comparable(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         if z.shape[-1] != self.dim:
             raise UserError(f"this codebook is for vectors of {self.dim} channels, got {z.shape[-1]}")
         if not self.options.normalized:
@@ -156,16 +162,16 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def nearest(self, z: Float[Tensor, "... C"]) -> Int[Tensor, ...]:
         """Int64 ids of the rows nearest to ``z``; distances are weighted sums over the branches."""
-        vectors, (rows, offset) = self.normalize(z).flatten(0, -2), self._compared()
+        vectors, (rows, offset) = self._comparable(z).flatten(0, -2), self._compared()
         ids = torch.empty(len(vectors), dtype=torch.int64, device=z.device)
-        with Frozen.exact(z.device):
+        with exact(z.device):
             for chunk, place in zip(self._chunks(vectors), self._chunks(ids)):
                 place.copy_(F.linear(chunk, rows, offset).argmax(dim=-1))
         return ids.view(z.shape[:-1])
 
     def _compared(self) -> tuple[Float[Tensor, "K C"], Float[Tensor, " K"] | None]:
         """Rows and offset that turn a squared distance into a product: -d/2 = z·row + offset + (what ids share)."""
-        rows = self.rows()
+        rows = self._comparable(self.rows())
         weighted = rows * self._weight
         # Rows of unit norm are equally far from the origin.
         return weighted, None if self.options.normalized else -(rows * weighted).sum(dim=-1) / 2
@@ -200,8 +206,8 @@ class Codebook(nn.Module):
 
     def _entropy(self, z: Float[Tensor, "B N C"]) -> Float[Tensor, ""]:
         """Mean entropy of a vector's softmax over entries, less the entropy of the mean of all softmaxes, in nats."""
-        vectors, (rows, offset) = z.flatten(0, -2), self._compared()
-        with Frozen.exact(z.device):
+        vectors, (rows, offset) = self._comparable(z).flatten(0, -2), self._compared()
+        with exact(z.device):
             parts = [
                 checkpoint(_softmax_sums, chunk, rows, offset, use_reentrant=False) for chunk in self._chunks(vectors)
             ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vistok.checkpoint import KeyRule, layer_rules
+from vistok.key_maps import KeyRule, layer_rules
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,15 @@ class Layout:
     def _outer_rules(self, ours: str, theirs: str) -> list[KeyRule]:
         first, attention, second = (f"{theirs}.{name}" for name in self.middle)
         return [
-            *(
-                rule
-                for name in ("conv_in", "norm_out", "conv_out")
-                for rule in layer_rules(f"{ours}.{name}", f"{theirs}.{name}")
-            ),
-            *_residual_rules(f"{ours}.middle.0", first),
+            *layer_rules(ours, theirs, {name: name for name in ("conv_in", "norm_out", "conv_out")}),
+            *residual_rules(f"{ours}.middle.0", first),
             *self._attention_rules(f"{ours}.middle.1", attention),
-            *_residual_rules(f"{ours}.middle.2", second),
+            *residual_rules(f"{ours}.middle.2", second),
         ]
 
     def _level_rules(self, ours: str, theirs: str, resample: str) -> list[KeyRule]:
         return [
-            *_residual_rules(f"{ours}.res.{{i}}", f"{theirs}.{self.res}.{{i}}"),
+            *residual_rules(f"{ours}.res.{{i}}", f"{theirs}.{self.res}.{{i}}"),
             *self._attention_rules(f"{ours}.attention.{{i}}", f"{theirs}.attn.{{i}}"),
             *layer_rules(f"{ours}.resample", f"{theirs}.{resample}.conv"),
         ]
@@ -73,9 +69,10 @@ class Layout:
         ]
 
 
-def _residual_rules(ours: str, theirs: str) -> list[KeyRule]:
-    names = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"shortcut": "nin_shortcut"}
-    return [rule for own, name in names.items() for rule in layer_rules(f"{ours}.{own}", f"{theirs}.{name}")]
+def residual_rules(ours: str, theirs: str, shortcut: str = "shortcut") -> list[KeyRule]:
+    """Rules of a residual block whose shortcut is called ``shortcut`` here."""
+    same = {name: name for name in ("norm1", "conv1", "norm2", "conv2")}
+    return layer_rules(ours, theirs, {**same, shortcut: "nin_shortcut"})
 
 
 LLAMAGEN = Layout(

@@ -40,6 +40,7 @@ from vistok.interfaces import LossReport, Tokenizer
 from vistok.losses.alignment import Alignment, AlignmentConfig
 from vistok.nn.frozen import Frozen
 from vistok.nn.modulation import AdaLN
+from vistok.nn.precision import exact
 from vistok.nn.vision_teacher import VisionTeacher, load_teacher
 from vistok.quantizers.fsq import FSQ
 from vistok.rng import SampleRng
@@ -242,14 +243,14 @@ class FlexTok(Tokenizer):
         self.check_images(images)
         if self.vae is None or self.is_latent(images):
             return images
-        with torch.no_grad(), self.vae.exact(images.device):
+        with torch.no_grad(), exact(images.device):
             return self.vae.on(images.device).encode(images.float()).latent_dist.mode() * self.vae_scale
 
     def decode_latent(self, latent: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
         """Inverse of :meth:`encode_latent`."""
         if self.vae is None:
             return latent
-        with self.vae.exact(latent.device):
+        with exact(latent.device):
             return self.vae.on(latent.device).decode(latent.float() / self.vae_scale).sample
 
     # ------------------------------------------------------------------ tokens
@@ -261,7 +262,8 @@ class FlexTok(Tokenizer):
     @torch.no_grad()
     def tokenize(self, images: Float[Tensor, "B 3 H W"]) -> Tokens:
         """All ``num_registers`` tokens of ``images`` or latents; take a :meth:`Tokens.prefix` for fewer."""
-        return Tokens(self.encode(self.encode_latent(images))[1][:, :, None], self.spec)
+        with exact(images.device):
+            return Tokens(self.encode(self.encode_latent(images).float())[1][:, :, None], self.spec)
 
     def embed(self, tokens: Tokens) -> Float[Tensor, "B n levels"]:
         """FSQ codes in [-1, 1] of any prefix."""
@@ -295,8 +297,7 @@ class FlexTok(Tokenizer):
         Raises:
             UserError: for an unknown option or one outside its range.
         """
-        if unknown:
-            raise UserError(f"flextok: unknown decode option {next(iter(unknown))!r} (valid: steps, guidance, apg)")
+        self.check_decode_options(unknown)
         steps = self.config.steps if steps is None else steps
         guidance = self.config.guidance if guidance is None else guidance
         apg = self.config.apg if apg is None else apg
@@ -433,6 +434,14 @@ def _check_ranges(config: Config) -> None:
             raise UserError(f"flextok: {name} must be at least 1, got {getattr(config, name)}")
     for name in ("encoder_depth", "decoder_depth"):
         if getattr(config, name) < 0:
+            raise UserError(f"flextok: {name} must be at least 0, got {getattr(config, name)}")
+    for name in ("encoder_width", "decoder_width"):
+        if getattr(config, name) % 4:
+            raise UserError(f"flextok: {name} must be a multiple of 4, got {getattr(config, name)}")
+    if config.max_timestep <= 0:
+        raise UserError(f"flextok: max_timestep must be positive, got {config.max_timestep}")
+    for name in ("token_std", "code_std"):
+        if (getattr(config, name) or 0) < 0:
             raise UserError(f"flextok: {name} must be at least 0, got {getattr(config, name)}")
     if not 0 <= config.null_probability <= 1:
         raise UserError(f"flextok: null_probability must lie in [0, 1], got {config.null_probability}")

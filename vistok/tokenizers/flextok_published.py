@@ -18,8 +18,9 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vistok.checkpoint import KeyMap, KeyRule, load_strictly, load_weights, published_file
 from vistok.errors import UserError, first_line
+from vistok.files import load_weights
+from vistok.key_maps import KeyMap, KeyRule, layer_rules, load_strictly, published_file
 from vistok.tokenizers.flextok import Config, FlexTok, vae_downsampling
 
 WEIGHTS, CONFIG, VAE = "model.safetensors", "config.json", "vae.vae."
@@ -35,10 +36,6 @@ def _block_rules(ours: str, theirs: str) -> list[KeyRule]:
     ]
 
 
-def _linear_rules(ours: str, theirs: str) -> list[KeyRule]:
-    return [KeyRule(f"{ours}.{part}", (f"{theirs}.{part}",)) for part in ("weight", "bias")]
-
-
 def _grid_rule(ours: str, theirs: str) -> KeyRule:
     """``[1, width, rows, columns]`` <-> ``(rows, columns, width)``."""
     return KeyRule(ours, (theirs,), lambda x: x[0].permute(1, 2, 0), lambda x: x.permute(2, 0, 1)[None])
@@ -49,12 +46,12 @@ _ENC, _DEC = "encoder.module_dict", "decoder.module_dict"
 PUBLISHED_KEYS = KeyMap(
     "published FlexTok",
     [
-        *_linear_rules("encoder.patch_in", f"{_ENC}.enc_patch_emb.patch_proj"),
+        *layer_rules("encoder.patch_in", f"{_ENC}.enc_patch_emb.patch_proj"),
         _grid_rule("encoder.positions", f"{_ENC}.enc_posemb_module.posembs"),
         KeyRule("encoder.registers", (f"{_ENC}.enc_register_module.registers",)),
         *_block_rules("encoder.blocks.{i}", f"{_ENC}.enc_transformer.blocks.{{i}}"),
-        *_linear_rules("encoder.head", f"{_ENC}.enc_to_latents.proj"),
-        *_linear_rules("decoder.codes_in", f"{_DEC}.dec_from_latents.proj"),
+        *layer_rules("encoder.head", f"{_ENC}.enc_to_latents.proj"),
+        *layer_rules("decoder.codes_in", f"{_DEC}.dec_from_latents.proj"),
         KeyRule(
             "decoder.register_positions",
             (f"{_DEC}.dec_registers_posemb_module.posembs",),
@@ -63,15 +60,13 @@ PUBLISHED_KEYS = KeyMap(
         ),
         KeyRule("decoder.mask_token", (f"{_DEC}.dec_nested_dropout.dropout_mask_token",)),
         KeyRule("decoder.null_token", (f"{_DEC}.dec_latent_dropout.nullcond",)),
-        *_linear_rules("decoder.patch_in", f"{_DEC}.dec_noise_patch_emb.patch_proj"),
+        *layer_rules("decoder.patch_in", f"{_DEC}.dec_noise_patch_emb.patch_proj"),
         _grid_rule("decoder.positions", f"{_DEC}.dec_patches_posemb_module.posembs"),
-        *_linear_rules("decoder.time.mlp.{i}", f"{_DEC}.dec_time_embedder.mlp.{{i}}"),
+        *layer_rules("decoder.time.mlp.{i}", f"{_DEC}.dec_time_embedder.mlp.{{i}}"),
         *_block_rules("decoder.blocks.{i}", f"{_DEC}.dec_transformer.blocks.{{i}}"),
-        *_linear_rules(
-            "decoder.blocks.{i}.modulation.linear", f"{_DEC}.dec_transformer.blocks.{{i}}.adaLN_modulation.1"
-        ),
-        *_linear_rules("decoder.head_modulation.linear", f"{_DEC}.dec_to_patches.adaLN_modulation.1"),
-        *_linear_rules("decoder.head", f"{_DEC}.dec_to_patches.proj"),
+        *layer_rules("decoder.blocks.{i}.modulation.linear", f"{_DEC}.dec_transformer.blocks.{{i}}.adaLN_modulation.1"),
+        *layer_rules("decoder.head_modulation.linear", f"{_DEC}.dec_to_patches.adaLN_modulation.1"),
+        *layer_rules("decoder.head", f"{_DEC}.dec_to_patches.proj"),
     ],
 )
 """Encoder and decoder of the released files; their VAE keeps diffusers' names behind ``vae.vae.``."""

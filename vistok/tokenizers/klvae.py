@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vistok.errors import UserError
 from vistok.interfaces import LatentTokenizer, LossReport
-from vistok.nn.frozen import Frozen
+from vistok.nn.precision import exact
 from vistok.rng import SampleRng
 from vistok.tokens import Grid2D, TokenSpec
 
@@ -116,7 +116,7 @@ class KLVAE(LatentTokenizer):
     def encode(self, images: Float[Tensor, "B 3 H W"], rng: SampleRng | None = None) -> Float[Tensor, "B N C"]:
         """Scaled latents in raster order: the mode of the posterior, or a sample of it if ``rng`` is given."""
         self.check_images(images)
-        with Frozen.exact(images.device):
+        with exact(images.device):
             posterior = self.posterior(images.float())
         z = posterior.mean
         if rng is not None:
@@ -127,7 +127,7 @@ class KLVAE(LatentTokenizer):
     def encode_moments(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 2*C h w"]:
         """Mean and standard deviation of the posterior, scaled as the latents are."""
         self.check_images(images)
-        with Frozen.exact(images.device):
+        with exact(images.device):
             posterior = self.posterior(images.float())
         scale = self.config.scaling_factor
         return torch.cat([(posterior.mean - self._shift) * scale, posterior.std * scale], dim=1)
@@ -141,10 +141,9 @@ class KLVAE(LatentTokenizer):
         Raises:
             UserError: for any option.
         """
-        if options:
-            raise UserError(f"klvae: unknown decode option {next(iter(options))!r} (it has none)")
+        self.check_decode_options(options)
         z = latents.float().mT.unflatten(2, (self.side, self.side))
-        with Frozen.exact(latents.device):
+        with exact(latents.device):
             return self.vae.decode(z / self.config.scaling_factor + self._shift).sample
 
     def training_loss(self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator) -> LossReport:

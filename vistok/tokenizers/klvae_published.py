@@ -8,46 +8,38 @@ from typing import Any
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from vistok.checkpoint import KeyMap, KeyRule, load_strictly, load_torch_file
 from vistok.errors import UserError, first_line
+from vistok.key_maps import KeyMap, KeyRule, is_repository, layer_rules, load_strictly, load_torch_file
+from vistok.tokenizers.cnn_published import residual_rules
 from vistok.tokenizers.klvae import KLVAE, Config, config_of
-
-
-def _pair(ours: str, theirs: str) -> list[KeyRule]:
-    return [KeyRule(f"{ours}.{part}", (f"{theirs}.{part}",)) for part in ("weight", "bias")]
-
-
-def _residual(ours: str, theirs: str) -> list[KeyRule]:
-    names = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"conv_shortcut": "nin_shortcut"}
-    return [rule for own, name in names.items() for rule in _pair(f"{ours}.{own}", f"{theirs}.{name}")]
 
 
 def _attention(ours: str, theirs: str) -> list[KeyRule]:
     """1 x 1 convolutions there, linear layers here."""
-    rules = _pair(f"{ours}.group_norm", f"{theirs}.norm")
+    rules = layer_rules(f"{ours}.group_norm", f"{theirs}.norm")
     for own, name in {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}.items():
-        weight, bias = _pair(f"{ours}.{own}", f"{theirs}.{name}")
+        weight, bias = layer_rules(f"{ours}.{own}", f"{theirs}.{name}")
         rules += [KeyRule(weight.ours, weight.theirs, lambda x: x[:, :, 0, 0], lambda x: x[:, :, None, None]), bias]
     return rules
 
 
 def latent_diffusion_keys(levels: int) -> KeyMap:
     """The layout of latent diffusion's autoencoder, which counts the decoder's levels from the image."""
-    rules = [rule for name in ("quant_conv", "post_quant_conv") for rule in _pair(f"vae.{name}", name)]
+    rules = [rule for name in ("quant_conv", "post_quant_conv") for rule in layer_rules(f"vae.{name}", name)]
     for part, theirs, sample, sampler in (
         ("encoder.down_blocks", "encoder.down", "downsample", "downsamplers"),
         ("decoder.up_blocks", "decoder.up", "upsample", "upsamplers"),
     ):
         for level in range(levels):
             own = f"vae.{part}.{level if part.startswith('encoder') else levels - 1 - level}"
-            rules += _residual(f"{own}.resnets.{{i}}", f"{theirs}.{level}.block.{{i}}")
+            rules += residual_rules(f"{own}.resnets.{{i}}", f"{theirs}.{level}.block.{{i}}", "conv_shortcut")
             rules += _attention(f"{own}.attentions.{{i}}", f"{theirs}.{level}.attn.{{i}}")
-            rules += _pair(f"{own}.{sampler}.0.conv", f"{theirs}.{level}.{sample}.conv")
+            rules += layer_rules(f"{own}.{sampler}.0.conv", f"{theirs}.{level}.{sample}.conv")
     for half in ("encoder", "decoder"):
-        rules += [rule for name in ("conv_in", "conv_out") for rule in _pair(f"vae.{half}.{name}", f"{half}.{name}")]
-        rules += _pair(f"vae.{half}.conv_norm_out", f"{half}.norm_out")
+        ends = {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out"}
+        rules += layer_rules(f"vae.{half}", half, ends)
         for index, block in enumerate(("block_1", "block_2")):
-            rules += _residual(f"vae.{half}.mid_block.resnets.{index}", f"{half}.mid.{block}")
+            rules += residual_rules(f"vae.{half}.mid_block.resnets.{index}", f"{half}.mid.{block}", "conv_shortcut")
         rules += _attention(f"vae.{half}.mid_block.attentions.0", f"{half}.mid.attn_1")
     return KeyMap("autoencoder of latent diffusion", rules)
 
@@ -87,7 +79,7 @@ def _read_diffusers(path_or_hub_id: str) -> Any:
         UserError: if there is none, or its weights are not exactly those of its config.
     """
     path = Path(path_or_hub_id)
-    if not path.is_dir() and (path.suffix or path.is_absolute() or path_or_hub_id.count("/") != 1):
+    if not path.is_dir() and not is_repository(path):
         raise UserError(f"published KL-VAE not found: {path}")
     errors = []
     for subfolder in (None, "vae"):

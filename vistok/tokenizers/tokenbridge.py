@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +26,7 @@ from vistok.checkpoint import ExportFolder, export_hash, load_autoencoder
 from vistok.errors import UserError
 from vistok.interfaces import LatentTokenizer, LossReport, Tokenizer
 from vistok.nn.frozen import Frozen
+from vistok.nn.precision import exact
 from vistok.quantizers.dimensionwise import DimensionwiseQuantizer
 from vistok.rng import SampleRng
 from vistok.tokens import Grid2D, Tokens
@@ -108,16 +109,22 @@ class TokenBridge(Tokenizer):
 
     def project(self, latents: Float[Tensor, "... C"]) -> Float[Tensor, "... S"]:
         """What is quantized: the latents, or their principal components."""
-        return latents if self.config.components is None else (latents.float() - self.center) @ self.basis
+        if self.config.components is None:
+            return latents
+        with exact(latents.device):
+            return (latents.float() - self.center) @ self.basis
 
     def expand(self, values: Float[Tensor, "... S"]) -> Float[Tensor, "... C"]:
         """Latents of what is quantized: the nearest ones, if components are left out."""
-        return values if self.config.components is None else values @ self.basis.T + self.center
+        if self.config.components is None:
+            return values
+        with exact(values.device):
+            return values @ self.basis.T + self.center
 
     @property
-    def encoding_tower(self) -> nn.Module:
-        """That of the latent tokenizer, if it has one (UniFlow, but no KL-VAE)."""
-        return cast(nn.Module, self.tokenizer.module.encoding_tower)
+    def encoding_tower(self) -> nn.Module | None:
+        """That of the latent tokenizer (UniFlow has one, a KL-VAE has none)."""
+        return self.tokenizer.module.encoding_tower
 
     @property
     def decode_defaults(self) -> dict[str, Any]:
@@ -158,7 +165,7 @@ class TokenBridge(Tokenizer):
 
     def _encode(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N C"]:
         self.check_images(images)
-        with self.tokenizer.exact(images.device):
+        with exact(images.device):
             return self.tokenizer.on(images.device).encode(images)
 
     def embed(self, tokens: Tokens) -> Float[Tensor, "B N C"]:
@@ -171,7 +178,7 @@ class TokenBridge(Tokenizer):
     ) -> Float[Tensor, "B 3 H W"]:
         """Images of ids, or of any latents; options are those of the latent tokenizer."""
         latents = self.embed(tokens) if isinstance(tokens, Tokens) else tokens
-        with self.tokenizer.exact(latents.device):
+        with exact(latents.device):
             return self.tokenizer.on(latents.device).decode(latents, rng, **options)
 
     def training_loss(self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator) -> LossReport:

@@ -30,6 +30,7 @@ from vistok.interfaces import LossReport, Tokenizer
 from vistok.losses.distillation import distillation_loss
 from vistok.nn.cnn import CNNDecoder, CNNEncoder
 from vistok.nn.frozen import Frozen
+from vistok.nn.precision import exact
 from vistok.nn.vision_teacher import VisionTeacher, VisionTower, load_teacher
 from vistok.quantizers.residual_multiscale import ResidualMultiscale, ScaleCodes, scale_sizes
 from vistok.quantizers.shared_dual_vq import SharedDualCodebook
@@ -263,7 +264,7 @@ class TokenFlow(Tokenizer):
     @torch.no_grad()
     def tokenize(self, images: Float[Tensor, "B 3 H W"]) -> Tokens:
         """Codes of all scales."""
-        with Frozen.exact(images.device):
+        with exact(images.device):
             return Tokens(self.quantizer.encode(self.encode(images))[:, :, None], self.spec)
 
     def embed(self, tokens: Tokens) -> Float[Tensor, "B n C"]:
@@ -283,15 +284,14 @@ class TokenFlow(Tokenizer):
     def decode(
         self, tokens: Tokens | Float[Tensor, "B n C"], rng: SampleRng | None = None, **options: Any
     ) -> Float[Tensor, "B 3 H W"]:
-        """Images of the first or all scales of a code, or of its latents; nothing is drawn, values are unbounded.
+        """Images of the first or all scales of a code, or of its latents; nothing is drawn.
 
         Raises:
             UserError: for any option, or a code that ends inside a scale.
         """
-        if options:
-            raise UserError(f"tokenflow: unknown decode option {next(iter(options))!r} (it has none)")
+        self.check_decode_options(options)
         codes = self.add_up(tokens)
-        with Frozen.exact(codes.device):
+        with exact(codes.device):
             return self.decode_pixels(codes)
 
     @torch.no_grad()
@@ -302,7 +302,7 @@ class TokenFlow(Tokenizer):
             UserError: for a code that ends inside a scale.
         """
         codes = self.add_up(tokens)
-        with Frozen.exact(codes.device):
+        with exact(codes.device):
             return self.decode_semantic(codes)
 
     @torch.no_grad()
@@ -373,8 +373,6 @@ def _check_ranges(config: Config) -> None:
             f"tokenflow: semantic_decoder_width {config.semantic_decoder_width} is no multiple of "
             f"semantic_decoder_heads {config.semantic_decoder_heads}"
         )
-    if not 0 <= config.scale_drop <= 1:
-        raise UserError(f"tokenflow: scale_drop must lie in [0, 1], got {config.scale_drop}")
 
 
 def preset(name: str, **changes: Any) -> Config:

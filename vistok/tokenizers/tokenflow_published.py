@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vistok.checkpoint import KeyMap, KeyRule, layer_rules, load_strictly, load_torch_file, published_file
 from vistok.errors import UserError
+from vistok.key_maps import TIMM_BLOCK, KeyMap, KeyRule, layer_rules, load_strictly, load_torch_file, published_file
 from vistok.tokenizers.cnn_published import LLAMAGEN
 from vistok.tokenizers.tokenflow import ENHANCED, Config, TokenFlow, preset
 
@@ -43,10 +43,6 @@ UNUSED = re.compile(
 _TOWER = "semantic_encoder.tower.model"
 
 
-def _layers(ours: str, theirs: str, names: dict[str, str]) -> list[KeyRule]:
-    return [rule for own, name in names.items() for rule in layer_rules(f"{ours}.{own}", f"{theirs}.{name}")]
-
-
 def _unbatched(ours: str, theirs: str, axes: int = 1) -> KeyRule:
     """A tensor that has ``axes`` leading axes of size 1 here and none there."""
     return KeyRule(ours, (theirs,), lambda x: x[(None,) * axes], lambda x: x[(0,) * axes])
@@ -67,14 +63,14 @@ CLIP_RULES = [
     _unbatched(f"{_TOWER}.cls_token", "encoder_vqkd.class_embedding", 2),
     _unbatched(f"{_TOWER}.pos_embed", "encoder_vqkd.positional_embedding"),
     KeyRule(f"{_TOWER}.patch_embed.proj.weight", ("encoder_vqkd.conv1.weight",)),
-    *_layers(_TOWER, "encoder_vqkd", {"norm_pre": "ln_pre", "norm": "ln_post"}),
+    *layer_rules(_TOWER, "encoder_vqkd", {"norm_pre": "ln_pre", "norm": "ln_post"}),
     *(
         KeyRule(
             f"{_TOWER}.blocks.{{i}}.attn.qkv.{part}", (f"encoder_vqkd.transformer.resblocks.{{i}}.attn.in_proj_{part}",)
         )
         for part in ("weight", "bias")
     ),
-    *_layers(
+    *layer_rules(
         f"{_TOWER}.blocks.{{i}}",
         "encoder_vqkd.transformer.resblocks.{i}",
         {
@@ -98,7 +94,7 @@ SIGLIP_RULES = [
         )
         for part in ("weight", "bias")
     ),
-    *_layers(
+    *layer_rules(
         f"{_TOWER}.blocks.{{i}}",
         "encoder_vqkd.encoder.layers.{i}",
         {
@@ -121,7 +117,7 @@ VITAMIN_RULES = [
         "patch_embed.backbone.pool": ("proj", "norm"),
         "blocks.{i}": ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.norm", "mlp.w0", "mlp.w1", "mlp.w2"),
     }.items()
-    for rule in _layers(f"{_TOWER}.{part}", f"encoder_vqkd.{part}", {name: name for name in layers})
+    for rule in layer_rules(f"{_TOWER}.{part}", f"encoder_vqkd.{part}", {name: name for name in layers})
 ]
 """timm's own names."""
 
@@ -145,16 +141,10 @@ SEMANTIC_RULES = [
         _with_key_bias,
         _without_key_bias,
     ),
-    *_layers(
+    *layer_rules(
         "semantic_decoder.blocks.{i}",
         "decoder_vqkd.blocks.{i}",
-        {
-            "attention_norm": "norm1",
-            "attention.out": "attn.proj",
-            "mlp_norm": "norm2",
-            "mlp.up": "mlp.fc1",
-            "mlp.down": "mlp.fc2",
-        },
+        {ours: theirs for ours, theirs in TIMM_BLOCK.items() if ours != "attention.qkv"},
     ),
     *layer_rules("semantic_decoder.norm", "decoder_vqkd.fc_norm"),
     *layer_rules("semantic_decoder.head.{i}", "decode_task_layer.{i}"),

@@ -37,6 +37,7 @@ from vistok.interfaces import LatentTokenizer, LossReport
 from vistok.losses.distillation import layer_distances, layer_weights
 from vistok.nn.frozen import Frozen
 from vistok.nn.patch import patchify, unpatchify
+from vistok.nn.precision import exact
 from vistok.nn.transformer import MLP
 from vistok.nn.vision_teacher import VisionTower, load_teacher, make_tower
 from vistok.rng import SampleRng
@@ -193,7 +194,7 @@ class UniFlow(LatentTokenizer):
         if unknown or part not in ("encoder", "latents"):
             raise UserError(f"uniflow: features take part=encoder or part=latents, got {unknown or part!r}")
         self.check_images(images)
-        with Frozen.exact(images.device):
+        with exact(images.device):
             features = self.encoder(images.float()).flatten(1, 2)
             return features if part == "encoder" else self.project(features)
 
@@ -228,8 +229,7 @@ class UniFlow(LatentTokenizer):
         Raises:
             UserError: for an unknown option or one outside its range.
         """
-        if unknown:
-            raise UserError(f"uniflow: unknown decode option {next(iter(unknown))!r} (valid: steps, power, guidance)")
+        self.check_decode_options(unknown)
         options = {"steps": steps, "power": power, "guidance": guidance}
         chosen = self.decode_defaults | {name: value for name, value in options.items() if value is not None}
         if chosen["steps"] < 1 or chosen["power"] <= 0:

@@ -16,17 +16,14 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from vistok.checkpoint import KeyMap, KeyRule, load_strictly, load_weights, published_file
 from vistok.errors import UserError
+from vistok.files import load_weights
+from vistok.key_maps import TIMM_BLOCK, KeyMap, KeyRule, layer_rules, load_strictly, published_file
 from vistok.tokenizers.uniflow import Config, UniFlow, make_encoder
 
 WEIGHTS = "model.safetensors"
 UNUSED = "Distill_Adapter"
 """A part of the release that nothing calls."""
-
-
-def _layer(ours: str, theirs: str) -> list[KeyRule]:
-    return [KeyRule(f"{ours}.{part}", (f"{theirs}.{part}",)) for part in ("weight", "bias")]
 
 
 def _values_last(ours: str, theirs: str) -> KeyRule:
@@ -66,40 +63,25 @@ def _encoder_rules() -> list[KeyRule]:
     return [
         KeyRule("encoder.model.cls_token", ("embeddings.class_embedding",)),
         KeyRule("encoder.model.pos_embed", ("embeddings.position_embedding",)),
-        *_layer("encoder.model.patch_embed.proj", "embeddings.patch_embedding"),
-        *(rule for name in names for rule in _layer(f"{ours}.{name}", f"{theirs}.{name}")),
+        *layer_rules("encoder.model.patch_embed.proj", "embeddings.patch_embedding"),
+        *layer_rules(ours, theirs, {name: name for name in names}),
         *(KeyRule(f"{ours}.{name}.gamma", (f"{theirs}.{name}",)) for name in ("ls1", "ls2")),
     ]
 
 
 def _decoder_rules() -> list[KeyRule]:
-    block, theirs = "tower.blocks.{i}", "global_blocks.{i}"
-    names = {
-        "attention_norm": "norm1",
-        "attention.qkv": "attn.qkv",
-        "attention.out": "attn.proj",
-        "mlp_norm": "norm2",
-        "mlp.up": "mlp.fc1",
-        "mlp.down": "mlp.fc2",
-    }
-    layers = {f"{block}.{ours}": f"{theirs}.{name}" for ours, name in names.items()}
-    for ours, name in {"project": "chal_proj", "tower.up": "chal_unproj"}.items():
-        layers |= {f"{ours}.up": f"{name}.c_fc", f"{ours}.down": f"{name}.c_proj"}
-    net, flow = "flow_head.net", "flow.blocks.{i}"
-    residual = f"{net}.res_blocks.{{i}}"
-    layers |= {
-        "flow.time.mlp.{i}": f"{net}.time_embed.mlp.{{i}}",
-        "flow.condition_in": f"{net}.cond_embed",
-        f"{flow}.norm": f"{residual}.in_ln",
-        f"{flow}.mlp.0": f"{residual}.mlp.0",
-        f"{flow}.mlp.2": f"{residual}.mlp.2",
-        f"{flow}.modulation.linear": f"{residual}.adaLN_modulation.1",
-        "flow.modulation.linear": f"{net}.final_layer.adaLN_modulation.1",
-    }
+    net, hidden = "flow_head.net", {"up": "c_fc", "down": "c_proj"}
+    flow = {"time.mlp.{i}": "time_embed.mlp.{i}", "condition_in": "cond_embed"}
+    block = {"norm": "in_ln", "mlp.0": "mlp.0", "mlp.2": "mlp.2", "modulation.linear": "adaLN_modulation.1"}
     return [
         _table("tower.positions_before", "global_block_pos_embed"),
         _table("tower.positions_behind", "decoder_pos_embed"),
-        *(rule for ours, name in layers.items() for rule in _layer(ours, name)),
+        *layer_rules("tower.blocks.{i}", "global_blocks.{i}", TIMM_BLOCK),
+        *layer_rules("project", "chal_proj", hidden),
+        *layer_rules("tower.up", "chal_unproj", hidden),
+        *layer_rules("flow", net, flow),
+        *layer_rules("flow.blocks.{i}", f"{net}.res_blocks.{{i}}", block),
+        *layer_rules("flow.modulation.linear", f"{net}.final_layer.adaLN_modulation.1"),
         _values_last("flow.patch_in.weight", f"{net}.input_proj.weight"),
         KeyRule("flow.patch_in.bias", (f"{net}.input_proj.bias",)),
         *(_values_first(f"flow.head.{part}", f"{net}.final_layer.linear.{part}") for part in ("weight", "bias")),
@@ -154,7 +136,9 @@ def sizes_of(ours: Mapping[str, Tensor]) -> dict[str, Any]:
             "patch_size": patch,
             "embed_dim": width,
             "depth": _count(ours, "encoder.model.blocks"),
-            "mlp_ratio": len(ours["encoder.model.blocks.0.mlp.fc1.bias"]) / width,
+            # timm rounds the product down: half a channel more keeps it from losing one.
+            "mlp_ratio": (len(ours["encoder.model.blocks.0.mlp.fc1.bias"]) + 0.5) / width,
+            "qkv_bias": "encoder.model.blocks.0.attn.qkv.bias" in ours,
         },
         "latent_channels": len(ours["project.down.bias"]),
         "global_blocks": _count(ours, "tower.blocks"),

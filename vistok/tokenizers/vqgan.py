@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vistok.errors import UserError
 from vistok.interfaces import LossReport, Tokenizer
 from vistok.nn.cnn import CNNDecoder, CNNEncoder
-from vistok.nn.frozen import Frozen
+from vistok.nn.precision import exact
 from vistok.quantizers.residual_multiscale import Mode, ResidualMultiscale, ScaleCodes, scale_sizes
 from vistok.quantizers.vq import Codebook, CodebookOptions
 from vistok.rng import SampleRng
@@ -132,7 +132,7 @@ class VQGAN(Tokenizer):
     def tokenize(self, images: Float[Tensor, "B 3 H W"]) -> Tokens:
         """Ids of the nearest entries, in raster order; those of a multi-scale code scale by scale."""
         self.check_images(images)
-        with Frozen.exact(images.device):
+        with exact(images.device):
             ids = self.quantizer.encode(self.encode_map(images.float()))
         return Tokens(ids[:, :, None], self.spec)
 
@@ -144,15 +144,14 @@ class VQGAN(Tokenizer):
     def decode(
         self, tokens: Tokens | Float[Tensor, "B N C"], rng: SampleRng | None = None, **options: Any
     ) -> Float[Tensor, "B 3 H W"]:
-        """Images of ``tokens``, or of the first scales of a multi-scale code; nothing is drawn, values are unbounded.
+        """Images of ``tokens``, or of the first scales of a multi-scale code; nothing is drawn.
 
         Raises:
             UserError: for any option, or codes that end inside a scale.
         """
-        if options:
-            raise UserError(f"vqgan: unknown decode option {next(iter(options))!r} (it has none)")
+        self.check_decode_options(options)
         codes = self.embed(tokens) if isinstance(tokens, Tokens) else tokens.float()
-        with Frozen.exact(codes.device):
+        with exact(codes.device):
             return self.decode_map(self.quantizer.add_up(codes))
 
     def training_loss(self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator) -> LossReport:

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vistok.checkpoint import KeyMap, KeyRule, layer_rules, load_strictly, load_torch_file, published_file
 from vistok.errors import UserError
+from vistok.key_maps import KeyMap, KeyRule, layer_rules, load_strictly, load_torch_file, published_file
 from vistok.quantizers.vq import CodebookOptions
 from vistok.tokenizers.cnn_published import LLAMAGEN, VAR, Layout
 from vistok.tokenizers.vqgan import VQGAN, Config
@@ -75,7 +75,7 @@ def read_state(state: Mapping[str, Tensor], source: str | Path, image_size: int)
     if not levels:
         raise UserError(f"{source} is no VQGAN of LlamaGen or VAR: encoder.conv_blocks.0.res.0.conv1.weight is missing")
     keys = published_keys(layout, levels)
-    ours = keys.to_ours({key: value for key, value in state.items() if key not in USAGE})
+    ours = keys.to_ours({partly_shared(key): value for key, value in state.items() if key not in USAGE})
     config = _sizes(ours, source, image_size, levels)
     if not is_var:
         return config, ours
@@ -85,6 +85,11 @@ def read_state(state: Mapping[str, Tensor], source: str | Path, image_size: int)
         raise UserError(f"{source}: no scales were released for images of {image_size} px, only for {sizes} px")
     options = CodebookOptions(normalized=False)
     return replace(config, codebook=options, scales=VAR_SCALES[side], mode="residual"), ours
+
+
+def partly_shared(key: str) -> str:
+    """VAR's scales share one φ, have one each, or share some: the names of the last case, which was released."""
+    return re.sub(r"quant_resi\.(\d)", r"quant_resi.qresi_ls.\1", key.replace("quant_resi.qresi.", "quant_resi.0."))
 
 
 def _sizes(ours: dict[str, Tensor], source: str | Path, image_size: int, levels: int) -> Config:
