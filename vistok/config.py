@@ -107,7 +107,8 @@ def available(kind: str) -> list[str]:
     """Names that can be built: the modules of ``vistok.<kind>`` that have a ``Config`` and a ``build``."""
     package = importlib.import_module(f"vistok.{kind}")
     names = (module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
-    return sorted(name for name in names if hasattr(_import(kind, name), "build"))
+    modules = {name: _import(kind, name) for name in names}
+    return sorted(name for name, module in modules.items() if hasattr(module, "Config") and hasattr(module, "build"))
 
 
 def component_module(kind: str, name: str) -> ModuleType:

@@ -6,6 +6,7 @@ Everything else in the package (data, training, evaluation, command lines) is wr
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -187,8 +188,8 @@ class SampleOptions:
     def __post_init__(self) -> None:
         for name in ("cfg_scale", "temperature", "final_temperature", "top_k"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:  # nor may it be nan
-                raise UserError(f"{name} must be at least 0, got {value}")
+            if value is not None and not 0 <= value < math.inf:  # nor may it be nan
+                raise UserError(f"{name} must be at least 0 and finite, got {value}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must lie in (0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
@@ -210,7 +211,7 @@ class Autoencoder(nn.Module, ABC):
     spec: TokenSpec
 
     decode: Callable[..., Float[Tensor, "B 3 H W"]]
-    """Images in [-1, 1] of a code, see the two kinds."""
+    """Images around [-1, 1] of a code, see the two kinds."""
 
     training_only: tuple[str, ...] = ()
     """Parts that only :meth:`training_loss` needs, named alike as config argument and as attribute: not exported."""
@@ -235,6 +236,11 @@ class Autoencoder(nn.Module, ABC):
     def latent_hash(self) -> str:
         """Identity of the autoencoder behind :attr:`latent_shape`, hex: cached latents of another do not fit."""
         return ""
+
+    @property
+    def encoding_tower(self) -> nn.Module | None:
+        """The transformer that reads images, whose tokens :mod:`vistok.merging` can merge; None without one."""
+        return None
 
     @property
     def last_layer(self) -> Tensor | None:
@@ -293,6 +299,13 @@ class Autoencoder(nn.Module, ABC):
                 f"got {images.dtype} {tuple(images.shape)}"
             )
 
+    def check_decode_options(self, options: dict[str, Any]) -> None:
+        """Raise UserError for one that is not among :attr:`decode_defaults`."""
+        for name in options:
+            if name not in self.decode_defaults:
+                valid = ", ".join(self.decode_defaults) or "it has none"
+                raise UserError(f"unknown decode option {name!r} of a {type(self).__name__} (valid: {valid})")
+
     def is_latent(self, images: Float[Tensor, "B C h w"]) -> bool:
         """Whether a batch holds latents of :attr:`latent_shape` in place of images."""
         return images.ndim == 4 and tuple(images.shape[1:]) == self.latent_shape
@@ -321,7 +334,7 @@ class Tokenizer(Autoencoder):
     def decode(
         self, tokens: Tokens | Float[Tensor, "B N C"], rng: SampleRng | None = None, **options: Any
     ) -> Float[Tensor, "B 3 H W"]:
-        """Images in [-1, 1] of ``tokens`` or of the latents ``embed(tokens)``.
+        """Images around [-1, 1], not clipped, of ``tokens`` or of the latents ``embed(tokens)``.
 
         Args:
             tokens: codes or latents.
@@ -350,7 +363,7 @@ class LatentTokenizer(Autoencoder):
     def decode(
         self, latents: Float[Tensor, "B N C"], rng: SampleRng | None = None, **options: Any
     ) -> Float[Tensor, "B 3 H W"]:
-        """Images in [-1, 1] of ``latents``; arguments as :meth:`Tokenizer.decode`."""
+        """Images around [-1, 1], not clipped, of ``latents``; arguments as :meth:`Tokenizer.decode`."""
 
 
 class TextEncoder(nn.Module, ABC):
@@ -461,7 +474,13 @@ class Generator(nn.Module, ABC):
         """
 
     def forward(self, tokens: Tokens, condition: Condition, rng: torch.Generator) -> LossReport:
-        """:meth:`loss`, so that wrappers of modules (DDP, compile) see the training pass."""
+        """:meth:`loss`, so that wrappers of modules (DDP, compile) see the training pass.
+
+        Raises:
+            UserError: for tokens of another tokenizer; a legal prefix of an ordered code is one of this.
+        """
+        if tokens.spec != self.spec:
+            raise UserError(f"this generator models tokens of {self.spec}, got {tokens.spec}")
         return self.loss(tokens, condition, rng)
 
     def check_condition(self, condition: Condition) -> None:

@@ -106,7 +106,7 @@ def test_a_shorter_code_is_a_prefix_of_a_longer_one(generator, condition):
 
 def test_guidance_at_the_ends_of_its_scale(generator, condition):
     rng = [SampleRng.from_seed(0, 4) for _ in range(2)]
-    unconditional = generator.generate(condition.null(), SampleOptions(), rng[0])
+    unconditional = generator.generate(generator.condition.null(condition), SampleOptions(), rng[0])
     assert torch.equal(generator.generate(condition, SampleOptions(cfg_scale=0.0), rng[1]).ids, unconditional.ids)
 
 
@@ -122,6 +122,19 @@ def test_progress_counts_every_position(generator, condition):
     seen = []
     generator.generate(condition, SampleOptions(), SampleRng.from_seed(0, 4), progress=seen.append)
     assert sum(seen) == generator.spec.num_positions
+
+
+def test_tokens_of_another_spec_are_refused_and_prefixes_are_not(generator, condition):
+    spec = generator.spec
+    for other in (replace(spec, layout=Ordered1D(2 * spec.num_positions)), replace(spec, vocab_sizes=(5,))):
+        with pytest.raises(UserError, match=r"models tokens of TokenSpec\(.*\), got TokenSpec"):
+            generator(random_tokens(other), condition, torch.Generator())
+    whole = random_tokens(spec)
+    for count in spec.layout.prefixes[:-1]:
+        try:
+            assert generator.train()(whole.prefix(count), condition, torch.Generator()).total.isfinite()
+        except UserError as refusal:
+            assert "behind all scales" in str(refusal)
 
 
 @pytest.mark.parametrize("class_id", [10, -2])

@@ -97,6 +97,7 @@ TINY_ARGS = {
             "heads": 2,
             "buffer": 2,
             "num_classes": 10,
+            "text_width": 16,
             "head": HEAD,
             # The grids are so small that the published share would hide all of them.
             "mask_mean": 0.6,
@@ -129,10 +130,21 @@ VARIANTS = {
     "gpt": {
         "start": {"condition": "class_start", "positions": "learned"},
         "text": {"condition": "text_cross", "positions": "learned"},
-        "rotary_text": {"condition": "text_cross"},
         "prefix": {"condition": "text_prefix", "text_positions": 7},
+        "read_text": {"condition": "text_cross", "text_depth": 1},
+        "read_prefix": {"condition": "text_prefix", "text_positions": 7, "text_depth": 1},
+        "published_prefix": {
+            "condition": "text_prefix",
+            "text_positions": 7,
+            "own_null": True,
+            "zero_prefix_rotation": True,
+        },
         "any_order": {"order": "random"},
         "any_order_prefix": {"order": "random", "positions": "learned", "condition": "text_prefix"},
+    },
+    "masked": {
+        "text": {"condition": "text_cross"},
+        "read_prefix": {"condition": "text_prefix", "text_positions": 7, "text_depth": 1},
     },
     "next_scale": {
         "start": {"condition": "class_start", "rotary": True, "guidance_schedule": "constant"},

@@ -15,7 +15,7 @@ from vistok.rng import SampleRng
 from vistok.tokens import Ordered1D, TokenSpec
 
 SPEC = SPECS["ordered"]
-TEXTS = ("text", "rotary_text", "prefix")
+TEXTS = ("text", "prefix", "read_text", "read_prefix")
 FLEXTOK = TokenSpec(Ordered1D(256), (64000,), 6, 256)
 
 
@@ -226,7 +226,17 @@ def test_parameters_of_the_papers_sizes(condition, depth, factor):
     assert outside == (1 + 256 + 2 * 64000 + 1) * 64 * depth + entry
 
 
-@pytest.mark.parametrize("wrong", [{"text_width": 0}, {"condition_dropout": 1.5}, {"text_positions": 0}])
-def test_numbers_that_no_condition_can_have(wrong):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"text_width": 0},
+        {"condition_dropout": 1.5},
+        {"text_positions": 0},
+        {"own_null": True},
+        {"zero_prefix_rotation": True, "positions": "learned"},
+        {"text_depth": 1, "width": 6, "positions": "learned"},
+    ],
+)
+def test_what_no_condition_can_have(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         make_generator("gpt", SPEC, condition="text_cross", **wrong)

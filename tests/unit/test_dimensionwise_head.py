@@ -170,7 +170,7 @@ def test_codes_and_their_places_are_learned_by_heart():
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"width": 15}, "no multiple of its 2 heads"), ({"depth": 0}, "too small"), ({"dropout": 1.5}, "dropout")],
+    [({"width": 15}, "multiple of 2 for its 2 heads"), ({"depth": 0}, "depth"), ({"dropout": 1.5}, "dropout")],
 )
 def test_numbers_that_no_head_can_have(wrong, message):
     with pytest.raises(UserError, match=message):

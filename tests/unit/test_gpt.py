@@ -169,7 +169,7 @@ def test_an_order_needs_no_more_than_to_be_followed(any_order):
 @pytest.mark.parametrize(("progress", "share"), [(0.0, 1.0), (0.5, 1.0), (0.625, 0.5), (0.75, 0.0), (1.0, 0.0)])
 def test_the_share_of_random_orders_is_annealed(any_order, progress, share):
     any_order.at_progress(progress)
-    drawn = any_order._draw_order(2000, torch.Generator().manual_seed(0))
+    drawn = any_order._draw_order(2000, 12, torch.Generator().manual_seed(0))
     # 4 standard errors at a half: a false alarm in about 1 of 10,000 seeds.
     assert (drawn != torch.arange(12)).any(1).float().mean().item() == pytest.approx(share, abs=0.045)
     if share == 0:
@@ -184,13 +184,21 @@ def test_raster_order_adds_nothing_to_the_model(model):
 
 
 def test_heads_must_leave_channels_for_both_axes():
-    with pytest.raises(UserError, match="multiple of 4"):
+    with pytest.raises(UserError, match="multiple of 20 for its 5 heads"):
         build(Config(width=30, depth=1, heads=5), SPEC)
     build(Config(width=30, depth=1, heads=5), TokenSpec(Ordered1D(4), (5,), 2, 16))
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"heads": 0}, {"mlp_multiple": 0}, {"num_classes": -1}, {"dropout": 2.0}, {"z_loss": -1.0}]
+    "wrong",
+    [
+        {"heads": 0},
+        {"mlp_multiple": 0},
+        {"num_classes": -1},
+        {"dropout": 2.0},
+        {"z_loss": -1.0},
+        {"shuffle": ShuffleConfig(blocks=-1)},
+    ],
 )
 def test_numbers_that_no_model_can_have(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):

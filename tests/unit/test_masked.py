@@ -6,7 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tiny_models.models import randomized
+from tiny_models.args import VARIANTS
+from tiny_models.models import SPECS, make_generator, randomized
+from tiny_models.text import condition_for
 from vistok.checkpoint import export, load_generator, tokenizer_folder
 from vistok.config import Component
 from vistok.errors import UserError
@@ -45,20 +47,39 @@ def random_order(count=3, seed=0):
 
 
 def test_hidden_codes_have_no_influence_on_features(model):
-    ids, order, condition = random_tokens().ids, random_order(), ClassCondition(torch.arange(3))
+    ids, order, prefix = random_tokens().ids, random_order(), model.prefix(ClassCondition(torch.arange(3)))
     hidden, visible = order[:, :7], order[:, 7:].sort(dim=1).values
     other = ids.scatter(1, hidden[..., None].expand(-1, -1, 4), 0)
-    assert torch.equal(*(model.features(codes, visible, condition) for codes in (ids, other)))
+    assert torch.equal(*(model.features(codes, visible, prefix) for codes in (ids, other)))
     seen = ids.clone()
     seen[torch.arange(3), visible[:, 0], 0] = (seen[torch.arange(3), visible[:, 0], 0] + 1) % 8
-    assert (model.features(ids, visible, condition) != model.features(seen, visible, condition)).any(-1).all()
+    assert (model.features(ids, visible, prefix) != model.features(seen, visible, prefix)).any(-1).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS["masked"])
+def test_every_state_of_a_text_counts_and_no_padding(variant):
+    model = make_generator("masked", SPECS["grid"], **VARIANTS["masked"][variant])
+    ids, visible, texts = random_tokens(SPECS["grid"]).ids, torch.tensor([[1, 4]] * 3), condition_for(model, 3)
+    before = model.features(ids, visible, model.prefix(texts))
+    for position, is_there in enumerate(texts.mask.T):
+        states = texts.states.clone()
+        states[:, position] += 1
+        features = model.features(ids, visible, model.prefix(replace(texts, states=states)))
+        assert torch.equal((features != before).any(-1), is_there[:, None].expand(3, 15))
+
+
+def test_a_text_is_read_once_for_a_generation():
+    model, reads = make_generator("masked", SPECS["grid"], **VARIANTS["masked"]["read_prefix"]), []
+    model.condition.register_forward_hook(lambda *_: reads.append(1))
+    model.generate(condition_for(model, 3), SampleOptions(cfg_scale=3.0), SampleRng.from_seed(0, 3))
+    assert len(reads) == 1
 
 
 def test_only_hidden_positions_are_in_the_loss(model):
     tokens, order, condition = random_tokens(), random_order(), ClassCondition(torch.arange(3))
     report = model.loss_in_order(tokens, condition, order, 7)
     hidden, visible = order[:, :7].sort(dim=1).values, order[:, 7:].sort(dim=1).values
-    logits = model.adapter.logits(model.features(tokens.ids, visible, condition), tokens.ids)
+    logits = model.adapter.logits(model.features(tokens.ids, visible, model.prefix(condition)), tokens.ids)
     per_code = cross_entropy(logits, tokens.ids)
     is_hidden = torch.zeros(3, 12, dtype=torch.bool).scatter(1, hidden, True)
     torch.testing.assert_close(report.total, per_code[is_hidden].mean())
@@ -264,6 +285,16 @@ def test_released_weights_load_and_sample_as_published(released):
     assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
     samples = loaded.generate(ClassCondition(torch.arange(2)), SampleOptions(cfg_scale=3.1), SampleRng.from_seed(0, 2))
     assert samples.ids.shape == (2, 9, 16)
+
+
+def test_a_release_may_lie_in_a_folder_of_a_repository(released, tmp_path, monkeypatch):
+    model, save = released
+    save()
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *asked: hub.append(asked) or tmp_path / FILE)
+    hub = []
+    loaded = Masked.from_published(f"owner/repository/large/{FILE}")
+    assert hub == [("owner/repository", f"large/{FILE}")]
+    assert torch.equal(loaded.mask_token, model.mask_token)
 
 
 def test_a_release_becomes_an_export_that_knows_its_tokenizer(released, tmp_path, monkeypatch):

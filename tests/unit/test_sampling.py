@@ -101,7 +101,8 @@ def test_the_temperature_moves_with_the_known_share():
     [
         ({"min_p": -0.1}, r"min_p must lie in \[0, 1\]"),
         ({"final_temperature": -1.0}, "final_temperature must be at least 0"),
-        ({"temperature": math.nan}, "temperature must be at least 0, got nan"),
+        ({"temperature": math.nan}, "temperature must be at least 0 and finite, got nan"),
+        ({"cfg_scale": math.inf}, "cfg_scale must be at least 0 and finite, got inf"),
         ({"guidance_interval": (0.5, 0.2)}, "0 <= a <= b <= 1, got 0.5 and 0.2"),
         ({"guidance_interval": (0.5, 1.5)}, "0 <= a <= b <= 1"),
         ({"compile": True, "use_cache": False}, "compile needs use_cache"),
@@ -165,10 +166,13 @@ def test_scales_without_their_null_rows_go_on_alike(monkeypatch):
 # ---------------------------------------------------------------------- steps of one shape
 
 
-@pytest.mark.parametrize("variant", ["plain", "text", "prefix"])
-def test_compiled_steps_give_the_same_codes_from_one_graph(variant, monkeypatch):
+@pytest.mark.parametrize(
+    ("variant", "spec"),
+    [(name, SPEC) for name in ("plain", "text", "read_prefix", "any_order", "shuffle")] + [("plain", SPECS["slots"])],
+)
+def test_compiled_steps_give_the_same_codes_from_one_graph(variant, spec, monkeypatch):
     """By a backend that runs the traced graph; ``fullgraph`` fails where Python would be left in a step."""
-    generator, graphs, compile_ = make_generator("gpt", SPEC, **GPTS[variant]), [], torch.compile
+    generator, graphs, compile_ = make_generator("gpt", spec, **GPTS[variant]), [], torch.compile
 
     def backend(graph, inputs):
         graphs.append(graph)

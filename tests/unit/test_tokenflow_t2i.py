@@ -66,7 +66,7 @@ def test_it_samples_codes_and_no_words():
 def test_the_loss_counts_the_end_of_the_text():
     model = make_generator("tokenflow_t2i", SPEC, text_vocabulary=5, closing=[4, 2, 3])
     tokens = model.generate(texts(3, 1), SampleOptions(), SampleRng.from_seed(0, 2))
-    start, there, contexts = model.prefix(texts(3, 1))
+    start, there, contexts = model.condition.prefix(texts(3, 1), model.blocks)
     outputs = model.backbone(model.text_sequence(start, tokens.ids[:, :, 0]), there, contexts)[:, model.front :]
     nats = -model.head(outputs).log_softmax(-1)
     closing = torch.stack([nats[:, 14 + n, word] for n, word in enumerate([4, 2, 3])])
@@ -123,6 +123,16 @@ def test_a_released_folder_is_read(release):
     ids = torch.randint(0, CODES, (2, 14, 1), generator=torch.Generator().manual_seed(0))
     loaded.codes.load_state_dict(model.codes.state_dict())
     torch.testing.assert_close(loaded.logits(ids, texts(3, 1)), model.eval().logits(ids, texts(3, 1)))
+
+
+def test_a_repository_is_read_as_its_folder(release, monkeypatch):
+    folder, model, table = release
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: {"owner/t2i": str(folder)}[name])
+    assert tokenflow_t2i.from_published("owner/t2i").config == model.config
+    words = build("text_encoders", Component("words", {"path": "owner/t2i"}))
+    assert torch.equal(words.encode(["a red"]).states[0], table[[0, 4, 5]])
+    with pytest.raises(UserError, match=r"TokenFlow-t2i not found: gone \(a folder, or OWNER/REPOSITORY"):
+        tokenflow_t2i.from_published("gone")
 
 
 def test_its_captions_are_its_own_word_vectors(release):

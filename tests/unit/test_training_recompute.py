@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from tiny_models.args import VARIANTS
 from tiny_models.models import SPECS, make_generator, make_tokenizer
 from tiny_models.text import condition_for
 from vistok.errors import UserError
@@ -39,7 +40,12 @@ def passed(name, spec, variant, recompute):
 
 @pytest.mark.parametrize(
     ("name", "spec", "variant"),
-    [("gpt", "grid", {}), ("gpt", "slots", {}), ("gpt", "grid", {"condition": "text_cross"}), ("masked", "grid", {})],
+    [
+        ("gpt", "grid", {}),
+        ("gpt", "slots", {}),
+        ("gpt", "grid", VARIANTS["gpt"]["read_text"]),
+        ("masked", "grid", VARIANTS["masked"]["read_prefix"]),
+    ],
 )
 def test_loss_and_gradients_stay_the_same_and_memory_does_not(name, spec, variant):
     loss, gradients, size = passed(name, SPECS[spec], variant, recompute=False)

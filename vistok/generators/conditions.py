@@ -16,6 +16,7 @@ text_prefix     the states of the text stand in front, the last right before    
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, cast
@@ -32,6 +33,8 @@ from vistok.nn.rope import rotation
 from vistok.nn.transformer import MLP, Block
 
 States = tuple[Float[Tensor, "B L D"], Bool[Tensor, "B L"]]
+Prefix = tuple[Float[Tensor, "B P D"], Bool[Tensor, "B P"] | None, list[Context | None]]
+"""What a transformer is given of a condition, see :meth:`Entry.prefix`."""
 
 
 @dataclass(kw_only=True)
@@ -72,9 +75,7 @@ class Entry(nn.Module):
     text_width = 0
     text_positions = 0
 
-    def prefix(
-        self, condition: Condition, blocks: nn.ModuleList
-    ) -> tuple[Float[Tensor, "B P D"], Bool[Tensor, "B P"] | None, list[Context | None]]:
+    def prefix(self, condition: Condition, blocks: Iterable[nn.Module]) -> Prefix:
         """The positions of ``condition``, which of them are there (None: all), and what each of ``blocks`` looks at."""
         start, there, states = self(condition)
         context = [None if states is None else cast(Block, block).cross_attention.context(*states) for block in blocks]
@@ -253,7 +254,11 @@ def make_condition(config: ConditionConfig, width: int, heads: int) -> Entry:
     for name, least in (("num_classes", 0), ("text_width", 1), ("text_depth", 0), ("text_positions", 1)):
         if getattr(config, name) < least:
             raise UserError(f"{name} must be at least {least}, got {getattr(config, name)}")
+    if config.own_null and config.condition != "text_prefix":
+        raise UserError(f"own_null is of condition=text_prefix, not of {config.condition}")
     text_width, text_depth = config.text_width, config.text_depth
+    if text_depth and width % (2 * heads):
+        raise UserError(f"text_depth: width must be a multiple of {2 * heads} for its {heads} heads, got {width}")
     if config.condition == "text_cross":
         return TextCross(text_width, width, text_depth, heads)
     if config.condition == "text_prefix":

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vistok.errors import UserError
+from vistok.generators.ranges import check_ranges
 from vistok.generators.sampling import Picker
 from vistok.nn.attention import KVCache
 from vistok.nn.modulation import AdaLN, modulate
@@ -78,7 +78,7 @@ class DimensionwiseHead(nn.Module):
     def __init__(self, spec: TokenSpec, width: int, config: Config) -> None:
         super().__init__()
         self.check(spec)
-        _check_ranges(config)
+        check_ranges("head", config)
         self.config, self.num_positions, self.vocab_sizes = config, spec.num_positions, spec.vocab_sizes
         self.coordinates = coordinates(spec.layout)
         levels = [published_levels(size).float() for size in spec.vocab_sizes]
@@ -217,14 +217,3 @@ class DimensionwiseHead(nn.Module):
         rows = slice(first, first + size)
         logits = F.linear(outputs, self.head.weight[rows], self.head.bias[rows])
         return F.pad(logits, (0, max(self.vocab_sizes) - size), value=torch.finfo(logits.dtype).min)
-
-
-def _check_ranges(config: Config) -> None:
-    """Raise UserError for a number that no head can have."""
-    for name in ("width", "depth", "heads"):
-        if getattr(config, name) < 1:
-            raise UserError(f"head: {name} is {getattr(config, name)}, which is too small")
-    if config.width % config.heads:
-        raise UserError(f"head: width {config.width} is no multiple of its {config.heads} heads")
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"head: dropout must lie in [0, 1), got {config.dropout}")

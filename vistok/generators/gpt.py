@@ -6,10 +6,8 @@ learned`` it is the generator of FlexTok (arXiv 2502.13967, section 3.3): width 
 
     [condition, code 0, ..., code N-2] -> RMSNorm blocks -> N predictions
 
-The backbone knows nothing about codes: an adapter turns them into positions and hidden states into predictions.
-:class:`CodeAdapter` puts one code at each position, :class:`~vistok.generators.token_shuffle.TokenShuffle` a window of
-codes; codes of several slots go through :class:`~vistok.generators.dimensionwise_head.DimensionwiseHead`. Nor does it
-know classes or texts, see :mod:`~vistok.generators.conditions`.
+The backbone knows nothing about codes: an adapter turns them into positions and hidden states into predictions, see
+:mod:`~vistok.generators.adapters`. Nor does it know classes or texts, see :mod:`~vistok.generators.conditions`.
 """
 
 from __future__ import annotations
@@ -26,15 +24,17 @@ from torch import Tensor, nn
 
 from vistok.config import Component
 from vistok.errors import UserError
+from vistok.generators.adapters import Adapter, make_adapter
 from vistok.generators.conditions import ConditionConfig, Entry, TextCross, make_condition
 from vistok.generators.dimensionwise_head import Config as HeadConfig
 from vistok.generators.dimensionwise_head import DimensionwiseHead
 from vistok.generators.losses import cross_entropy, z_loss
-from vistok.generators.sampling import Picker, Sampler, Schedule, num_positions
+from vistok.generators.ranges import check_ranges
+from vistok.generators.sampling import Sampler, Schedule, num_positions
 from vistok.generators.token_shuffle import Config as ShuffleConfig
-from vistok.generators.token_shuffle import TokenShuffle
 from vistok.interfaces import Condition, Generator, LossReport, SampleOptions
 from vistok.nn.attention import Context, KVCache, ordered_mask
+from vistok.nn.compiler import check_compiler
 from vistok.nn.packed import packed_linears
 from vistok.nn.rope import Rotation, coordinates, rotation
 from vistok.nn.transformer import Block, attention_flops, matrix_flops
@@ -52,7 +52,7 @@ class Config(ConditionConfig):
         heads: attention heads.
         positions: ``rope``, rotary in every block; or ``learned``, a table added to the inputs.
         condition_dropout: share of samples trained with the null class or the empty text, for guidance.
-        dropout: on embeddings and on the output of both sublayers.
+        dropout: on embeddings and on the output of every sublayer.
         order: ``random`` trains on the positions of each sample in an order of its own for half of the run, on ever
             fewer such samples up to three quarters, and in raster order from there on (RAR, Yu et al., arXiv
             2411.00776, so that what stands on the right and below is learned from as well). A table tells every input
@@ -60,8 +60,8 @@ class Config(ConditionConfig):
         z_loss: weight of :func:`~vistok.generators.losses.z_loss`.
         mlp_multiple: the hidden size of the MLP, 8/3 of the width, is rounded up to a multiple of this.
         rope_base: wavelength base of the rotary positions.
-        zero_prefix_rotation: rotate the condition's queries and keys to zero, as LlamaGen's published weights expect;
-            off, the condition leads up to the origin.
+        zero_prefix_rotation: of ``rope``, rotate the condition's queries and keys to zero, as LlamaGen's published
+            weights expect; off, the condition leads up to the origin.
         head: for tokens of several slots, see :mod:`~vistok.generators.dimensionwise_head`.
         shuffle: windows of a grid that share a position, see :mod:`~vistok.generators.token_shuffle`.
         guidance_schedule: of the sampling unless told otherwise, see :data:`~vistok.generators.sampling.SCHEDULES`.
@@ -83,65 +83,6 @@ class Config(ConditionConfig):
     guidance_schedule: Schedule = "constant"
 
 
-class CodeAdapter(nn.Module):
-    """One code at each position: an embedding in front of the backbone, a linear head behind it.
-
-    Other adapters (several slots, fused windows) have the same members and replace this one.
-    """
-
-    codes_per_position = 1
-
-    def __init__(self, spec: TokenSpec, width: int) -> None:
-        super().__init__()
-        self.num_positions = spec.num_positions
-        self.embedding = nn.Embedding(spec.vocab_sizes[0], width)
-        self.head = nn.Linear(width, spec.vocab_sizes[0], bias=False)
-        self.coordinates = coordinates(spec.layout)
-
-    def reset_parameters(self) -> None:
-        """A zero head: the first loss is exactly the log of the vocabulary."""
-        nn.init.zeros_(self.head.weight)
-
-    @property
-    def train_flops(self) -> int:
-        """Of a sample, see :attr:`Generator.train_flops`."""
-        return matrix_flops(self.num_positions, self.head)
-
-    def arrange(self, ids: Int[Tensor, "B N 1"]) -> Int[Tensor, "B N 1"]:
-        """Codes in the order of the layout -> in that of the backbone."""
-        return ids
-
-    def restore(self, ids: Int[Tensor, "B n 1"]) -> Int[Tensor, "B n 1"]:
-        """Inverse of :meth:`arrange`."""
-        return ids
-
-    def embed(self, ids: Int[Tensor, "B n 1"]) -> Float[Tensor, "B n D"]:
-        """Inputs of the backbone."""
-        return self.embedding(ids[:, :, 0])
-
-    def logits(self, hidden: Float[Tensor, "B n D"], ids: Int[Tensor, "B n 1"]) -> Float[Tensor, "B n V"]:
-        """Predictions of ``ids`` from the backbone's outputs (alone: no other code stands at their positions)."""
-        return self.head(hidden)
-
-    def sample(self, hidden: Float[Tensor, "B2 D"], uniform: Float[Tensor, "B 1 1"], pick: Picker) -> Tensor:
-        """Codes ``(B, codes_per_position, S)`` of one position."""
-        return pick(self.head(hidden), uniform[:, 0, 0])[:, None, None]
-
-
-Adapter = CodeAdapter | DimensionwiseHead | TokenShuffle
-
-
-def make_adapter(spec: TokenSpec, width: int, head: HeadConfig, shuffle: ShuffleConfig | None = None) -> Adapter:
-    """The adapter that the slots of ``spec`` call for, or the windows of ``shuffle``.
-
-    Raises:
-        UserError: as the adapters.
-    """
-    if shuffle is not None and shuffle.window != 1:
-        return TokenShuffle(spec, width, shuffle)
-    return CodeAdapter(spec, width) if spec.num_slots == 1 else DimensionwiseHead(spec, width, head)
-
-
 class GPT(Generator):
     """See the module docstring; build it with :func:`build`.
 
@@ -150,9 +91,6 @@ class GPT(Generator):
         spec: the tokens to model.
         adapter: how codes become positions and positions become codes.
         condition: what stands before the codes and what the blocks look at.
-
-    Raises:
-        UserError: if the sizes do not fit each other.
     """
 
     steps_are_alike = True
@@ -163,11 +101,6 @@ class GPT(Generator):
 
     def __init__(self, config: Config, spec: TokenSpec, adapter: Adapter, condition: Entry) -> None:
         super().__init__()
-        even = 2 * adapter.coordinates.shape[1] if config.positions == "rope" else 1
-        if config.width % config.heads or (config.width // config.heads) % even:
-            raise UserError(
-                f"gpt: width {config.width} over {config.heads} heads must leave a multiple of {even} channels"
-            )
         self.config, self.spec = config, spec
         self.num_classes, self.text_width = condition.num_classes, condition.text_width
         self.text_positions = condition.text_positions
@@ -303,7 +236,7 @@ class GPT(Generator):
         """Row n ``(V)`` predicts code n from the condition and the codes before it; of several slots ``(S, V)``.
 
         Args:
-            ids: in the order of the backbone, see :meth:`CodeAdapter.arrange`, or in that of ``order``.
+            ids: in the order of the backbone (``adapter.arrange``), or in that of ``order``.
             condition: one row for each sample.
             order: numbers of the positions of each sample, for a model that was trained so; None is raster order.
         """
@@ -314,8 +247,7 @@ class GPT(Generator):
         if self.config.order == "random":
             self._random_share.fill_(min(max(3 - 4 * share, 0.0), 1.0))
 
-    def _draw_order(self, count: int, rng: torch.Generator) -> Int[Tensor, "B N"]:
-        positions = self.adapter.num_positions
+    def _draw_order(self, count: int, positions: int, rng: torch.Generator) -> Int[Tensor, "B n"]:
         shuffled = torch.rand(count, positions, generator=rng, device=rng.device).argsort(dim=1)
         is_random = torch.rand(count, 1, generator=rng, device=rng.device) < self._random_share
         return torch.where(is_random, shuffled, torch.arange(positions, device=rng.device))
@@ -326,9 +258,9 @@ class GPT(Generator):
             condition = self.condition.drop_some(condition, self.config.condition_dropout, rng)
         ids, order = self.adapter.arrange(tokens.ids), None
         if self.training and self.config.order == "random":
-            order = self._draw_order(len(ids), rng)
-            rows = torch.arange(len(ids), device=ids.device)[:, None]
-            ids = ids.unflatten(1, (self.adapter.num_positions, -1))[rows, order].flatten(1, 2)
+            windows = ids.unflatten(1, (-1, self.adapter.codes_per_position))
+            order = self._draw_order(len(ids), windows.shape[1], rng)
+            ids = windows[torch.arange(len(ids), device=ids.device)[:, None], order].flatten(1, 2)
         logits = self.logits(ids, condition, order)
         loss = cross_entropy(logits, ids).mean()
         report = LossReport(loss, {"cross_entropy": loss}, tokens=tokens)
@@ -364,6 +296,8 @@ class GPT(Generator):
         device, batch = self.norm.weight.device, len(condition)
         count = num_positions(self.spec, options.num_tokens)
         sampler = Sampler(options, self.sample_settings(options))
+        if options.compile:
+            check_compiler("compile", device.type)
         per_position = self.adapter.codes_per_position
         both = condition.to(device)
         if sampler.will_guide(0):
@@ -406,20 +340,8 @@ class GPT(Generator):
         return lambda ids: self.hidden(ids, condition[: len(ids)])[:, -1]
 
 
-def _check_ranges(config: Config) -> None:
-    """Raise UserError for a number that no model can have."""
-    for name in ("width", "depth", "heads", "mlp_multiple"):
-        if getattr(config, name) < 1:
-            raise UserError(f"gpt: {name} is {getattr(config, name)}, which is too small")
-    for name in ("dropout", "condition_dropout"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"gpt: {name} must lie in [0, 1], got {getattr(config, name)}")
-    if config.z_loss < 0:
-        raise UserError(f"gpt: z_loss must be at least 0, got {config.z_loss}")
-
-
 from_published = GPT.from_published
-PUBLISHED_TEXT_ENCODER = Component("t5", {"path": "google/flan-t5-xl"})
+PUBLISHED_TEXT_ENCODER = Component("t5", {"path": "google/flan-t5-xl", "lower": True})
 
 
 def build(config: Config, spec: TokenSpec) -> GPT:
@@ -428,7 +350,14 @@ def build(config: Config, spec: TokenSpec) -> GPT:
     Raises:
         UserError: if it cannot model ``spec`` or its sizes do not fit each other.
     """
-    _check_ranges(config)
     GPT.check(spec)
+    is_rotary = config.positions == "rope"
+    per_head = 2 * coordinates(spec.layout).shape[1] if is_rotary else 1
+    check_ranges("gpt", config, "mlp_multiple", per_head=per_head)
+    for name, value in (("z_loss", config.z_loss), ("shuffle.blocks", config.shuffle.blocks)):
+        if value < 0:
+            raise UserError(f"gpt: {name} must be at least 0, got {value}")
+    if config.zero_prefix_rotation and not is_rotary:
+        raise UserError("gpt: zero_prefix_rotation is of positions=rope, learned positions have no rotation")
     adapter = make_adapter(spec, config.width, config.head, config.shuffle)
     return GPT(config, spec, adapter, make_condition(config, config.width, config.heads))

@@ -1,7 +1,9 @@
 """The released GPTs of LlamaGen: of classes, ``c2i_{B,L}_256.pt`` and ``c2i_{B,L,XL,XXL,3B}_384.pt``, and of texts.
 
-Those of texts, ``t2i_XL_stage1_256.pt`` and ``t2i_XL_stage2_512.pt``, read FLAN-T5-XL. They were trained on captions in
-lower case without addresses, markup and other such marks: captions shall be cleaned alike before they come here.
+Those of texts, ``t2i_XL_stage1_256.pt`` and ``t2i_XL_stage2_512.pt``, read FLAN-T5-XL. LlamaGen cleans captions and
+prompts before. Of that, the text encoder that an export records does the lower case and takes the space around a text
+away. It does not mend encodings (ftfy) or HTML entities, nor take away web addresses, HTML, hashtags, file names, CJK
+characters and other marks of captions from the web, nor write dashes and quotes alike: give prompts without them.
 
 Sizes are read from the tensors. They do not tell the number of heads, which the width does, nor the grid.
 """
@@ -15,10 +17,10 @@ from typing import Any
 
 from torch import Tensor
 
-from vistok.checkpoint import KeyMap, KeyRule, load_strictly, load_torch_file, published_file
 from vistok.errors import UserError
 from vistok.generators import gpt
 from vistok.generators.gpt import GPT, Config
+from vistok.key_maps import KeyMap, KeyRule, load_strictly, load_torch_file, published_file
 from vistok.tokens import Grid2D, TokenSpec
 
 HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32}

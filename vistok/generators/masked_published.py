@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vistok.checkpoint import KeyMap, KeyRule, load_strictly, load_torch_file
 from vistok.errors import UserError
 from vistok.generators import masked
 from vistok.generators.dimensionwise_head import Config as HeadConfig
 from vistok.generators.masked import Config, Masked
+from vistok.key_maps import TIMM_BLOCK, KeyMap, KeyRule, layer_rules, load_strictly, load_torch_file, published_file
 from vistok.quantizers.dimensionwise import KL16_ORDER, gaussian_cells
 from vistok.tokens import Grid2D, TokenSpec
 
@@ -37,22 +37,6 @@ def _rows(order: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
 
 def _columns(order: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     return lambda x: x[:, list(order)]
-
-
-def _linear_rules(ours: str, theirs: str) -> list[KeyRule]:
-    return [KeyRule(f"{ours}.{part}", (f"{theirs}.{part}",)) for part in ("weight", "bias")]
-
-
-def _block_rules(ours: str, theirs: str) -> list[KeyRule]:
-    names = {
-        "attention_norm": "norm1",
-        "attention.qkv": "attn.qkv",
-        "attention.out": "attn.proj",
-        "mlp_norm": "norm2",
-        "mlp.up": "mlp.fc1",
-        "mlp.down": "mlp.fc2",
-    }
-    return [rule for our, their in names.items() for rule in _linear_rules(f"{ours}.{our}", f"{theirs}.{their}")]
 
 
 def _table_rule(ours: str, theirs: str, axes: int = 1) -> KeyRule:
@@ -75,12 +59,12 @@ BACKBONE_RULES = [
         _columns(tuple(KL16_ORDER.index(channel) for channel in range(_SLOTS))),
     ),
     KeyRule("adapter.embedding.bias", ("z_proj.bias",)),
-    *_linear_rules("input_norm", "z_proj_ln"),
-    *_block_rules("encoder.{i}", "encoder_blocks.{i}"),
-    *_linear_rules("encoder_norm", "encoder_norm"),
-    *_linear_rules("decoder_in", "decoder_embed"),
-    *_block_rules("decoder.{i}", "decoder_blocks.{i}"),
-    *_linear_rules("decoder_norm", "decoder_norm"),
+    *layer_rules("input_norm", "z_proj_ln"),
+    *layer_rules("encoder.{i}", "encoder_blocks.{i}", TIMM_BLOCK),
+    *layer_rules("encoder_norm", "encoder_norm"),
+    *layer_rules("decoder_in", "decoder_embed"),
+    *layer_rules("decoder.{i}", "decoder_blocks.{i}", TIMM_BLOCK),
+    *layer_rules("decoder_norm", "decoder_norm"),
 ]
 """Everything but the head; MAR's are the same, but for the name of the output positions."""
 
@@ -88,13 +72,13 @@ BACKBONE_RULES = [
 _MODULATION, _MODULATION_BACK = (2, 5, 0, 1, 3, 4), (2, 3, 0, 4, 5, 1)
 
 HEAD_RULES = [
-    *_linear_rules("adapter.condition", "condition_proj"),
+    *layer_rules("adapter.condition", "condition_proj"),
     _table_rule("adapter.slots", "channel_embed"),
     _table_rule("adapter.steps", "timesteps_embeddings"),
     KeyRule("adapter.codes.weight", tuple(f"token_embeddings.{slot}.weight" for slot in range(_SLOTS - 1))),
-    *_block_rules("adapter.blocks.{i}", "channel_blocks.{i}"),
-    *_linear_rules("adapter.blocks.{i}.attention.q_norm", "channel_blocks.{i}.attn.q_norm"),
-    *_linear_rules("adapter.blocks.{i}.attention.k_norm", "channel_blocks.{i}.attn.k_norm"),
+    *layer_rules("adapter.blocks.{i}", "channel_blocks.{i}", TIMM_BLOCK),
+    *layer_rules("adapter.blocks.{i}.attention.q_norm", "channel_blocks.{i}.attn.q_norm"),
+    *layer_rules("adapter.blocks.{i}.attention.k_norm", "channel_blocks.{i}.attn.k_norm"),
     *(
         KeyRule(
             f"adapter.blocks.{{i}}.modulation.linear.{part}",
@@ -104,8 +88,8 @@ HEAD_RULES = [
         )
         for part in ("weight", "bias")
     ),
-    *_linear_rules("adapter.norm", "channel_norm"),
-    *_linear_rules("adapter.modulation.linear", "channel_final.adaLN_modulation.1"),
+    *layer_rules("adapter.norm", "channel_norm"),
+    *layer_rules("adapter.modulation.linear", "channel_final.adaLN_modulation.1"),
     *(
         KeyRule(f"adapter.head.{part}", tuple(f"channel_heads.{slot}.{part}" for slot in range(_SLOTS)))
         for part in ("weight", "bias")
@@ -116,11 +100,9 @@ PUBLISHED_KEYS = KeyMap("published TokenBridge", [*BACKBONE_RULES, *HEAD_RULES])
 """The parameters of the released files, without their :data:`CONSTANTS`."""
 
 
-def load_published(path: str) -> Masked:
+def load_published(path_or_hub_id: str) -> Masked:
     """See :meth:`Masked.from_published`."""
-    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise UserError(f"published TokenBridge not found: {file} (supply {FILE} of the release)")
+    file = published_file(path_or_hub_id, "TokenBridge", FILE)
     state = _read(file)
     levels = state.get("reconstruction_values")
     if levels is None:
@@ -168,7 +150,7 @@ def _sizes(ours: dict[str, Tensor], source: str) -> tuple[Config, TokenSpec]:
     if width not in HEADS:
         raise UserError(f"{source}: width {width} is none of the released ones ({', '.join(map(str, HEADS))})")
     head = HeadConfig(inner, _depth(ours, "adapter.blocks."), inner // head_dim, step_in_first_input=True)
-    config = Config(width, _depth(ours, "encoder."), HEADS[width], buffer, num_classes, head)
+    config = Config(width, _depth(ours, "encoder."), HEADS[width], buffer, head, num_classes=num_classes)
     return config, TokenSpec(Grid2D(side, side), (levels,) * slots, slots, STRIDE_PX * side)
 
 

@@ -22,11 +22,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vistok.checkpoint import load_strictly
 from vistok.errors import UserError
 from vistok.generators.conditions import ConditionConfig, Entry, TextCross, make_condition
+from vistok.generators.losses import cross_entropy
+from vistok.generators.ranges import check_ranges
 from vistok.generators.sampling import Picker, Sampler, Schedule, num_positions
 from vistok.interfaces import Condition, Generator, LossReport, SampleOptions, Tokenizer
+from vistok.key_maps import load_strictly
 from vistok.nn.attention import Context, KVCache, ordered_mask
 from vistok.nn.packed import packed_linears
 from vistok.nn.rope import rotation
@@ -46,7 +48,7 @@ class BaseConfig:
         heads: attention heads.
         mlp_hidden: hidden channels of the SwiGLU.
         condition_dropout: share of samples trained with the null class or the empty text, for guidance.
-        dropout: on embeddings and on the output of both sublayers.
+        dropout: on embeddings and on the output of every sublayer.
         mode: what the inputs of a scale are, see :data:`~vistok.quantizers.residual_multiscale.Mode`.
         phi: convolutions of the tokenizer that refine an upsampled scale.
         phi_ratio: share of the convolution in what it refines.
@@ -182,12 +184,6 @@ class NextScale(Generator):
 
     # ------------------------------------------------------------------ network
 
-    def prefix(
-        self, condition: Condition
-    ) -> tuple[Float[Tensor, "B P D"], Bool[Tensor, "B P"] | None, list[Context | None]]:
-        """The condition: its positions, which of them are there (None: all), and what each block looks at."""
-        return self.condition.prefix(condition, self.blocks)
-
     def sequence(self, start: Float[Tensor, "B P D"], ids: Int[Tensor, "B n"]) -> Float[Tensor, "B P-1+m D"]:
         """Inputs of the blocks: the condition and the first scale, then the scale behind each of the given ones."""
         parts = [self._first(start)]
@@ -213,7 +209,7 @@ class NextScale(Generator):
 
         Args:
             here: of the whole sequence.
-            there: see :meth:`prefix`; a position that is not there is seen by itself alone.
+            there: see :meth:`Entry.prefix`; a position that is not there is seen by itself alone.
         """
         if there is None and here.start:
             return None  # one scale behind others
@@ -240,16 +236,16 @@ class NextScale(Generator):
 
     def logits(self, ids: Int[Tensor, "B N 1"], condition: Condition) -> Float[Tensor, "B N V"]:
         """Row n predicts code n from the condition and the scales before its own (one pass)."""
-        start, there, contexts = self.prefix(condition)
-        x = self.sequence(start, ids[:, : -self.lengths[-1], 0])
+        start, there, contexts = self.condition.prefix(condition, self.blocks)
+        scales = cast(MultiScale, self.spec.layout).prefixes.index(ids.shape[1])
+        x = self.sequence(start, ids[:, : -self.lengths[scales], 0])
         return self.head(self.backbone(x, there, contexts)[:, self.front :])
 
     def loss(self, tokens: Tokens, condition: Condition, rng: torch.Generator) -> LossReport:
         """Mean cross-entropy, nats per code; in training mode some rows lose their condition."""
         if self.training:
             condition = self.condition.drop_some(condition, self.config.condition_dropout, rng)
-        logits = self.logits(tokens.ids, condition).float()
-        loss = F.cross_entropy(logits.transpose(1, 2), tokens.ids[:, :, 0])
+        loss = cross_entropy(self.logits(tokens.ids, condition), tokens.ids).mean()
         return LossReport(loss, {"cross_entropy": loss}, tokens=tokens)
 
     # ------------------------------------------------------------------ sampling
@@ -287,7 +283,7 @@ class NextScale(Generator):
         uniform = rng.uniform(count, len(rounds)).to(device)
         ids = torch.zeros(len(condition), 0, dtype=torch.int64, device=device)
         with packed_linears(self):
-            start, there, contexts = self.prefix(both)
+            start, there, contexts = self.condition.prefix(both, self.blocks)
             run = self._runner(there, contexts, options.use_cache)
             for scale, length in enumerate(self.lengths):
                 done = ids.shape[1]
@@ -355,24 +351,12 @@ class NextScale(Generator):
         return [Sampler(filtered, settings) for filtered in filters]
 
 
-def check_ranges(config: BaseConfig) -> None:
-    """Raise UserError for a number that no model can have."""
-    for name in ("width", "depth", "heads", "mlp_hidden"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if config.width % (2 * config.heads):
-        raise UserError(f"width {config.width} over {config.heads} heads must leave an even number of channels")
-    for name in ("dropout", "condition_dropout"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"{name} must lie in [0, 1], got {getattr(config, name)}")
-
-
 def build(config: Config, spec: TokenSpec) -> NextScale:
     """A next-scale generator with fresh weights for ``spec``.
 
     Raises:
         UserError: if it cannot model ``spec`` or its sizes do not fit each other.
     """
-    check_ranges(config)
+    check_ranges("next_scale", config, "mlp_hidden", per_head=2)
     NextScale.check(spec)
     return NextScale(config, spec, make_condition(config, config.width, config.heads))

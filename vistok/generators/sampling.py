@@ -69,7 +69,8 @@ def draw(
     if temperature == 0:
         return logits.argmax(dim=-1)
     # Double precision: with 64,000 codes a float32 sum drifts by more than the rarest probabilities.
-    probability = filter_logits(logits / temperature, top_k, top_p, min_p).double().softmax(dim=-1)
+    logits = logits / max(temperature, 1e-5)  # where float32 ends, nothing is left to draw
+    probability = filter_logits(logits, top_k, top_p, min_p).double().softmax(dim=-1)
     cumulative = probability.cumsum(dim=-1)
     target = uniform.double()[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True)[:, 0]

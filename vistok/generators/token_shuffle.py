@@ -74,10 +74,9 @@ class TokenShuffle(nn.Module):
         super().__init__()
         grid = self.check(spec, config.window)
         self.codes_per_position = config.window**2
-        if width % self.codes_per_position or config.blocks < 0:
+        if width % self.codes_per_position:
             raise UserError(
-                f"token_shuffle: width {width} must be a multiple of the {self.codes_per_position} codes of a window, "
-                f"and blocks at least 0, got {config.blocks}"
+                f"token_shuffle: width {width} must be a multiple of the {self.codes_per_position} codes of a window"
             )
         windows = Grid2D(grid.height // config.window, grid.width // config.window)
         self.num_positions = windows.num_positions

@@ -22,12 +22,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vistok.checkpoint import KeyMap, KeyRule, load_strictly, load_weights, weight_files
 from vistok.config import Component
 from vistok.errors import UserError, first_line
+from vistok.files import load_weights
 from vistok.generators.conditions import TextPrefix
-from vistok.generators.next_scale import BaseConfig, NextScale, check_ranges
+from vistok.generators.losses import cross_entropy
+from vistok.generators.next_scale import BaseConfig, NextScale
+from vistok.generators.ranges import check_ranges
 from vistok.interfaces import Condition, LossReport
+from vistok.key_maps import KeyMap, KeyRule, layer_rules, load_strictly, published_folder, weight_files
 from vistok.quantizers.residual_multiscale import Mode
 from vistok.tokens import MultiScale, Tokens, TokenSpec
 
@@ -78,16 +81,17 @@ class TokenFlowT2I(NextScale):
         nn.init.normal_(self.closing.weight, std=0.02)
 
     @classmethod
-    def from_published(cls, path: str) -> TokenFlowT2I:
+    def from_published(cls, path_or_hub_id: str) -> TokenFlowT2I:
         """The released generator, in eval mode; it still has to :meth:`adopt` its tokenizer's codes.
 
         Args:
-            path: the folder of the release: ``config.json``, the tokenizer's files, and the weights as safetensors.
+            path_or_hub_id: the folder of the release (``config.json``, the tokenizer's files, and the weights as
+                safetensors), or its repository of the Hugging Face hub.
 
         Raises:
             UserError: naming the file, key or shape that is missing or does not fit.
         """
-        return load_published(path)
+        return load_published(path_or_hub_id)
 
     def text_sequence(self, start: Float[Tensor, "B P D"], ids: Int[Tensor, "B N"]) -> Float[Tensor, "B M D"]:
         """Inputs of the blocks for a whole text: behind the codes a position of nothing, then ``</img>``."""
@@ -96,15 +100,21 @@ class TokenFlowT2I(NextScale):
         return torch.cat([x, behind.expand(len(x), -1, -1)], dim=1)
 
     def loss(self, tokens: Tokens, condition: Condition, rng: torch.Generator) -> LossReport:
-        """Mean cross-entropy of the codes and of the words that end the text, among all words and codes."""
+        """Mean cross-entropy of the codes and of the words that end the text, among all words and codes.
+
+        Raises:
+            UserError: for the first scales alone, behind which no text ends.
+        """
+        if tokens.ids.shape[1] < self.spec.num_positions:
+            raise UserError(f"tokenflow_t2i: a text ends behind all scales, got {tokens.ids.shape[1]} codes")
         if self.training:
             condition = self.condition.drop_some(condition, self.config.condition_dropout, rng)
         ids, words = tokens.ids[:, :, 0], self.config.text_vocabulary
-        start, there, contexts = self.prefix(condition)
+        start, there, contexts = self.condition.prefix(condition, self.blocks)
         outputs = self.backbone(self.text_sequence(start, ids), there, contexts)[:, self.front :]
         closing = torch.tensor(self.config.closing, device=ids.device).expand(len(ids), -1)
         targets = torch.cat([words + ids, closing], dim=1)
-        loss = F.cross_entropy(self.head(outputs).float().transpose(1, 2), targets)
+        loss = cross_entropy(self.head(outputs), targets[:, :, None]).mean()
         return LossReport(loss, {"cross_entropy": loss}, tokens=tokens)
 
 
@@ -159,11 +169,7 @@ def published_keys(head_dim: int) -> KeyMap:
                 lambda rows: torch.cat([rows[:1], rows[2:]]),
                 lambda rows: torch.cat([rows[:1], torch.zeros_like(rows[:1]), rows[1:]]),
             ),
-            *(
-                KeyRule(f"embedding.{ours}.{part}", (f"model.mm_projector.{theirs}.{part}",))
-                for ours, theirs in (("up", 0), ("down", 2))
-                for part in ("weight", "bias")
-            ),
+            *layer_rules("embedding", "model.mm_projector", {"up": "0", "down": "2"}),
         ],
     )
 
@@ -190,9 +196,9 @@ def from_state(
     return model.eval()
 
 
-def load_published(path: str) -> TokenFlowT2I:
+def load_published(path_or_hub_id: str) -> TokenFlowT2I:
     """See :meth:`TokenFlowT2I.from_published`."""
-    folder = Path(path)
+    folder = published_folder(path_or_hub_id, "published TokenFlow-t2i")
     if missing := [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]:
         raise UserError(f"published TokenFlow-t2i: {folder} lacks {', '.join(missing)}")
     state = {
@@ -226,7 +232,7 @@ def load_published(path: str) -> TokenFlowT2I:
             f"the release {layout.num_positions} of {len(SCALES)}"
         )
     spec = TokenSpec(layout, (codes,), CODE_DIM, STRIDE_PX * SCALES[-1])
-    return from_state(state, config, spec, opening, path)
+    return from_state(state, config, spec, opening, path_or_hub_id)
 
 
 def _words(folder: Path) -> tuple[list[int], list[int], int]:
@@ -254,11 +260,8 @@ def build(config: Config, spec: TokenSpec) -> TokenFlowT2I:
     Raises:
         UserError: if it cannot model ``spec`` or its sizes do not fit each other.
     """
-    check_ranges(config)
+    check_ranges("tokenflow_t2i", config, "mlp_hidden", "text_positions", "opening", "text_vocabulary", per_head=2)
     TokenFlowT2I.check(spec)
-    for name in ("text_positions", "opening", "text_vocabulary"):
-        if getattr(config, name) < 1:
-            raise UserError(f"tokenflow_t2i: {name} must be at least 1, got {getattr(config, name)}")
     if len(config.closing) < 2 or not all(0 <= word < config.text_vocabulary for word in config.closing):
         raise UserError(
             f"tokenflow_t2i: closing must be at least 2 word ids below {config.text_vocabulary}, got {config.closing}"

@@ -29,11 +29,11 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import override
 
-from vistok.checkpoint import write_atomically
 from vistok.data.datamodule import Dataset, collate
-from vistok.errors import UserError
+from vistok.errors import UserError, first_line
 from vistok.eval.codebook import CodebookUsage
 from vistok.eval.reconstruction import picture_reconstruction
+from vistok.files import write_atomically
 from vistok.interfaces import NULL_CLASS, Autoencoder, ClassCondition, Condition, Generator, SampleOptions, Tokenizer
 from vistok.pictures import labelled_grid, save_png
 from vistok.pipeline import prefix_lengths, sample_images
@@ -396,8 +396,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"checkpoint not found: {path}") from None
     except Exception as error:  # torch.load raises whatever its parsers do
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is truncated or no checkpoint of a run: {reason}") from None
+        raise UserError(f"{path} is truncated or no checkpoint of a run: {first_line(error)}") from None
     return state
 
 

@@ -8,7 +8,7 @@ rate and a weight decay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ _FUSED = {"qkv": 3, "kv": 2, "gate_up": 2}
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
+_MOMENTUM = 0.95
+"""Decay of the average of the gradients; Nesterov's look ahead is part of it."""
 
 
 def matrix_groups(net: nn.Module) -> list[dict[str, Any]]:
@@ -43,13 +45,8 @@ class Muon(AdamW):
 
     Args:
         groups: of parameters, as for AdamW.
-        momentum: decay of the average of the gradients of matrices; Nesterov's look ahead is part of it.
         options: of AdamW, for the other groups; ``lr`` and ``weight_decay`` for all.
     """
-
-    def __init__(self, groups: Iterable[dict[str, Any]], momentum: float = 0.95, **options: Any) -> None:
-        super().__init__(groups, **options)
-        self.momentum = momentum
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -77,9 +74,9 @@ class Muon(AdamW):
             state["step"] = torch.zeros(())  # AdamW looks for it in whatever it loads
             state["momentum"] = torch.zeros_like(weight)
         state["step"] += 1
-        average = state["momentum"].lerp_(grad, 1 - self.momentum)
+        average = state["momentum"].lerp_(grad, 1 - _MOMENTUM)
         # A process that holds a slice needs the whole matrix for this.
-        ahead = full(grad.lerp(average, self.momentum))
+        ahead = full(grad.lerp(average, _MOMENTUM))
         steps = orthogonal(ahead.unflatten(0, (group["parts"], -1)))
         move = (0.2 * max(steps.shape[-2:]) ** 0.5 * steps).flatten(0, 1).to(weight.dtype)
         weight.mul_(1 - group["lr"] * group["weight_decay"])

@@ -20,9 +20,9 @@ class OptimConfig:
 
     Args:
         name: ``adamw``; or ``muon``, which moves the matrices of attention and MLPs otherwise, see
-            :mod:`vistok.training.muon`, at the same ``lr`` and ``weight_decay``.
+            :mod:`vistok.training.muon`, at the same ``lr`` and ``weight_decay`` but without ``betas`` and ``eps``.
         lr: peak learning rate.
-        betas: decay of the first and second moment.
+        betas: decay of AdamW's first and second moment.
         eps: AdamW's epsilon.
         weight_decay: decoupled decay of the weights of linear and convolution layers, see :func:`decay_groups`.
         schedule: ``cosine`` down to ``min_lr_ratio * lr`` at the last update, or ``constant``.

@@ -29,26 +29,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 import vistok
-from vistok.checkpoint import (
-    WEIGHTS,
-    export,
-    export_hash,
-    export_info,
-    load_strictly,
-    load_tokenizer,
-    seen_from,
-    write_atomically,
-)
+from vistok.checkpoint import WEIGHTS, export, export_hash, export_info, load_tokenizer, seen_from
 from vistok.cli import quiet_libraries
 from vistok.config import Component, build, to_plain, to_yaml
 from vistok.data.code_cache import CodeCache, check_tokenizer
 from vistok.data.datamodule import DataModule, Dataset, has_captions, ordered_batches
 from vistok.data.latent_cache import LatentCache, check_vae
-from vistok.data.text_states import check_text_encoder
+from vistok.data.text_states import TextStates, check_text_encoder
 from vistok.errors import UserError, first_line
+from vistok.files import write_text
 from vistok.interfaces import Autoencoder, Generator, TextEncoder, Tokenizer
+from vistok.key_maps import load_strictly
 from vistok.losses.adversarial import Discriminator
 from vistok.losses.perceptual import PerceptualLoss
+from vistok.nn.compiler import check_compiler
 from vistok.nn.transformer import recompute_blocks
 from vistok.rng import derive_seed
 from vistok.training.callbacks import (
@@ -109,8 +103,8 @@ def train(config: RunConfig) -> None:
         lambda task: write_export(averaged(task.net, ema.average), task.progress),  # all gather, the first writes
     )
     trainer = _make_trainer(config, net, ema, checkpoint, state["updates"] if state else 0)
-    if config.trainer.compile and trainer.strategy.root_device.type == "cpu":
-        _check_compiler()
+    if config.trainer.compile:
+        check_compiler("trainer.compile", trainer.strategy.root_device.type)
     images_per_update = config.data.batch_size * trainer.world_size * config.trainer.accumulate
     max_updates = _max_updates(config.trainer, images_per_update, len(train_data))
     if state and state["updates"] >= max_updates:
@@ -154,6 +148,7 @@ def _build_text_encoder(config: RunConfig, net: Autoencoder | Generator, data: D
     Raises:
         UserError: if it is missing, useless, or its states do not fit the net or are not those of the data.
     """
+    reader: TextEncoder | TextStates
     width, room = (net.text_width, net.text_positions) if isinstance(net, Generator) else (0, 0)
     if config.text_encoder is None:
         if width:
@@ -164,11 +159,15 @@ def _build_text_encoder(config: RunConfig, net: Autoencoder | Generator, data: D
         return None
     if not width:
         raise UserError("text_encoder is for a generator conditioned on text, and this run trains none: leave it out")
-    text_encoder: TextEncoder = build("text_encoders", config.text_encoder)
-    if text_encoder.width != width:
+    if isinstance(data, CodeCache) and data.text is not None:
+        reader = data.text
+        check_text_encoder(reader, config.text_encoder)
+    else:
+        reader = build("text_encoders", config.text_encoder)
+    if reader.width != width:
         raise UserError(
-            f"the text encoder's states have {text_encoder.width} channels but the generator reads {width}: "
-            f"set generator.args.text_width={text_encoder.width}"
+            f"the text encoder's states have {reader.width} channels but the generator reads {width}: "
+            f"set generator.args.text_width={reader.width}"
         )
     most = config.text_encoder.args.get("max_length", 0)
     if 0 < room < most:
@@ -176,10 +175,7 @@ def _build_text_encoder(config: RunConfig, net: Autoencoder | Generator, data: D
             f"the text encoder reads up to {most} tokens of a caption but the generator has room for {room}: "
             f"set text_encoder.args.max_length={room} or generator.args.text_positions={most}"
         )
-    if isinstance(data, CodeCache) and data.text is not None:
-        check_text_encoder(data.text, text_encoder)
-        return None
-    return text_encoder
+    return reader if isinstance(reader, TextEncoder) else None
 
 
 def _build_data(
@@ -232,19 +228,6 @@ def _exporter(
         export(config.output, kind, component, net.spec, weights, {**progress, **details}, helpers)
 
     return write
-
-
-def _check_compiler() -> None:
-    """Raise UserError where the first update would end in a traceback of ``torch.compile``."""
-    from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        raise UserError(
-            "trainer.compile needs a C++ compiler on a CPU: install one such as g++, or give trainer.compile=false"
-        ) from None
 
 
 def _make_trainer(
@@ -405,7 +388,7 @@ def _finish(
 def _write_run_yaml(config: RunConfig) -> None:
     """The resolved config, with the command and versions that made the run as comments."""
     head = f"# {shlex.join(sys.argv)}\n# vistok {vistok.__version__} ({_commit()}), torch {torch.__version__}\n"
-    write_atomically(Path(config.output) / RUN, lambda path: path.write_text(head + to_yaml(config)))
+    write_text(Path(config.output) / RUN, head + to_yaml(config))
 
 
 def _commit() -> str:

@@ -20,6 +20,7 @@ from vistok.losses.adversarial import Discriminator, adaptive_weight, adversaria
 from vistok.losses.perceptual import PerceptualLoss
 from vistok.nn.attention import training_attention
 from vistok.nn.frozen import Frozen
+from vistok.nn.precision import exact
 from vistok.rng import derive_seed, seeded_generator
 from vistok.tokens import Tokens
 from vistok.training.optim import OptimConfig, decay_groups, lr_factor, make_optimizer
@@ -114,7 +115,7 @@ class LossTask(L.LightningModule):
         if "ids" in batch:
             return Tokens(batch["ids"], self.net.spec)
         assert self.tokenizer is not None
-        with torch.no_grad(), self.tokenizer.exact(self.device):
+        with torch.no_grad(), exact(self.device):
             return self.tokenizer.on(self.device).tokenize(_images(batch))
 
     # ------------------------------------------------------------------ Lightning's hooks
