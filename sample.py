@@ -38,8 +38,8 @@ examples:
   python sample.py --checkpoint runs/demo/generator --class 3 --count 16 --cfg-scale 2 --top-p 0.95 --out samples/
   python sample.py --checkpoint runs/demo/generator --tokens 1,4,16 --cfg-scale 2 --guidance-interval 0,0.5
   python sample.py --checkpoint runs/demo/generator --first 17 --count 1   (image 17 of the first call, alone)
-  python sample.py --checkpoint runs/t2i/generator --prompt "a small red circle" --count 4 --cfg-scale 3
-  python sample.py --checkpoint runs/t2i/generator --prompts prompts.txt --count 8 --cfg-scale 3
+  python sample.py --checkpoint runs/t2i_demo/generator --prompt "a small red circle" --count 4 --cfg-scale 3
+  python sample.py --checkpoint runs/t2i_demo/generator --prompts prompts.txt --count 8 --cfg-scale 3
   python sample.py --checkpoint runs/demo/tokenizer --images DIR --tokens 1,4,16 --out reconstructions/
 """
 FLAGS_OF = {
@@ -50,6 +50,7 @@ FLAGS_OF = {
         "negative_prompt",
         "tokenizer",
         "text_encoder",
+        "long_prompts",
         "sampling",
         "first",
         "cfg_scale",
@@ -84,6 +85,8 @@ def parse() -> argparse.Namespace:
     add("--negative-prompt", metavar="TEXT", help='what guidance leads away from (default: "", the empty text)')
     add("--tokenizer", type=Path, metavar="DIR", help="default: the one that the generator was trained on")
     add("--text-encoder", type=Path, metavar="DIR", help="default: the one that the generator was trained with")
+    add("--long-prompts", choices=("cut", "refuse"),
+        help="those with more tokens than the text encoder reads (default: as in its training)")  # fmt: skip
     add("--cfg-scale", type=float, metavar="S", help="guidance scale; 1 is none (default: 1)")
     cli.add_sampling_flags(group)
     add("--sampling", nargs="*", metavar="key=value", help="options of this kind of generator, such as steps=64")
@@ -92,12 +95,13 @@ def parse() -> argparse.Namespace:
     add(
         "--images",
         metavar="DATA",
-        help="image folder (its val/ if it has one, else all of it), shards, digits or shapes",
+        help="image folder (its val/ if it has one, else all of it), shards, digits, shapes or photos",
     )
     add("--on-error", choices=("stop", "skip"), help="unreadable images (default: stop)")
     return parser.parse_args()
 
 
+@cli.flag_for("on_long=", "--long-prompts ")
 def generate(args: argparse.Namespace) -> None:
     """Write a grid, one PNG for each sample, and ``samples.npz``; the last two for each number of tokens."""
     flags = {} if args.cfg_scale is None else {"cfg_scale": args.cfg_scale}
@@ -129,10 +133,11 @@ def classes(args: argparse.Namespace, generator: Generator) -> tuple[Condition, 
     Raises:
         UserError: for an unknown class, or flags of a generator conditioned on text.
     """
-    if any(given is not None for given in (args.prompt, args.prompts, args.negative_prompt, args.text_encoder)):
+    of_texts = (args.prompt, args.prompts, args.negative_prompt, args.text_encoder, args.long_prompts)
+    if any(given is not None for given in of_texts):
         raise UserError(
-            "--prompt, --prompts, --negative-prompt and --text-encoder are for a generator conditioned on text, "
-            f"that in {args.checkpoint} is not: give --class"
+            "--prompt, --prompts, --negative-prompt, --text-encoder and --long-prompts are for a generator conditioned "
+            f"on text, that in {args.checkpoint} is not: give --class"
         )
     names = export_info(args.checkpoint).get("class_names") or []
     names += [str(number) for number in range(len(names), generator.num_classes)]
@@ -156,7 +161,7 @@ def texts(args: argparse.Namespace, generator: Generator) -> tuple[Condition, li
             f"the generator in {args.checkpoint} is conditioned on text: give --prompt TEXT or --prompts FILE, "
             "no --class"
         )
-    encoder = load_text_encoder(args.checkpoint, args.text_encoder, args.device)
+    encoder = load_text_encoder(args.checkpoint, args.text_encoder, args.device, args.long_prompts)
     negative = [] if args.negative_prompt is None else [args.negative_prompt]
     # All at once, so that one line warns of those that are too long.
     read = encoder.encode([*prompts, *negative])

@@ -80,7 +80,7 @@ def test_a_run_on_captions_trains_draws_and_says_what_reads_them(trained):
     assert not frozen and any("cross_attention" in key for key in state["state_dict"])
     assert (trained / "pictures" / "update_00000002.png").is_file()
     recorded = json.loads((trained / "spec.json").read_text())["text_encoder"]
-    assert recorded == {"name": "t5", "args": {"path": "./../t5", "max_length": 128, "on_long": "cut"}}
+    assert recorded == {"name": "t5", "args": {"path": "./../t5", "max_length": 128, "on_long": "cut", "lower": False}}
     assert load_generator(trained).text_width == 16
 
 
@@ -128,6 +128,15 @@ def test_a_long_prompt_is_cut_with_one_line(trained, run_script, tmp_path):
         code, _, err = run_script("sample.py", *words, long, "--prompt", "red", "--negative-prompt", long)
     assert code == 0 and len(caught) == 1, err
     assert str(caught[0].message).startswith("t5: cut 2 of 3 texts after max_length=128 tokens, such as 'red red")
+
+
+def test_a_long_prompt_is_refused_if_asked(trained, run_script, tmp_path):
+    words = ("sample.py", "--checkpoint", trained, "--out", tmp_path / "out", "--long-prompts", "refuse", "--prompt")
+    code, _, err = run_script(*words, " ".join(["red"] * 200))
+    assert code == 2 and "t5: 1 of 1 texts longer than max_length=128 tokens" in err
+    assert "--long-prompts" in err and not (tmp_path / "out").exists()
+    code, _, err = run_script(*words, "red", "--count", 1)
+    assert code == 0, err
 
 
 def test_a_warning_is_one_line():
@@ -185,10 +194,12 @@ def test_cached_states_train_as_captions_read_anew(trained, run_script, monkeypa
     code, _, err = train_from(run_script, f"cache_{bits}", f"anew_{bits}", next(read))
     assert code == 0, err
     with monkeypatch.context() as patch_:
-        # Not even once: neither for the pictures nor for the validation.
-        patch_.setattr("vistok.text_encoders.t5.T5.encode", lambda *_: pytest.fail("the text encoder was run"))
+        # Not even to see whether its weights made these states.
+        patch_.setattr("vistok.text_encoders.t5.build", lambda *_: pytest.fail("the text encoder was built"))
         code, _, err = train_from(run_script, f"cache_{bits}", f"cached_{bits}", next(read))
     assert code == 0, err
+    recorded = [json.loads((trained.parent / f"{how}_{bits}" / "spec.json").read_text()) for how in ("anew", "cached")]
+    assert recorded[0]["text_encoder"] == recorded[1]["text_encoder"]
     anew, cached = (rows(trained.parent / f"{how}_{bits}") for how in ("anew", "cached"))
     assert sum(bool(row["train/loss"]) for row in cached) == sum(bool(row["val/loss"]) for row in cached) == 2
     for one, other in zip(anew, cached, strict=True):
@@ -269,6 +280,8 @@ CASES = [
     (SAMPLE + "/generator --prompt red --text-encoder {root}/wide", ["16 channels, got 24"]),
     (SAMPLE + "/classes --prompt red", ["--prompt", "classes is not: give --class"]),
     (SAMPLE + "/classes --negative-prompt red", ["--negative-prompt", "classes is not: give --class"]),
+    (SAMPLE + "/classes --long-prompts cut", ["--long-prompts", "classes is not: give --class"]),
+    (SAMPLE + "/generator --prompt red --long-prompts drop", ["--long-prompts", "drop", "refuse"]),
     (SAMPLE + "/tokenizer --prompt red", ["--prompt is for a generator", "tokenizer holds a tokenizer"]),
 ]
 

@@ -138,14 +138,18 @@ def captioned():
     return {split: load_data("shapes", split, 24, {"train_count": 60, "val_count": 12}) for split in ("train", "val")}
 
 
-def reader(**args):
-    return build("text_encoders", Component("bytes", {"width": 32, **args}))
+def component(**args):
+    return Component("bytes", {"width": 32, **args})
 
 
-def extract_text(out, encoder=None, data=None, **options):
+def reader():
+    return build("text_encoders", component())
+
+
+def extract_text(out, data=None, **options):
     tokenizer = MeanTokenizer()
     tokenizer.spec = TokenSpec(Grid2D(2, 2), (4096, 5), 1, 24)
-    code_cache.extract(tokenizer, "abc123", data or captioned(), out, text_encoder=encoder or reader(), **options)
+    code_cache.extract(tokenizer, "abc123", data or captioned(), out, text_encoder=component(), **options)
     return {split: load_data(str(out), split, 24) for split in ("train", "val")}
 
 
@@ -206,9 +210,15 @@ def test_images_without_a_caption_have_the_empty_text(tmp_path):
 
 def test_states_of_another_text_encoder_are_refused(texts):
     data = load_data(str(texts), "train", 24)
-    check_text_encoder(data.text, reader())
-    with pytest.raises(UserError, match=r"made by text encoder .*data.args.text_states=false"):
-        check_text_encoder(data.text, reader(max_length=9))
+    check_text_encoder(data.text, component(on_long="refuse"))
+    with pytest.raises(
+        UserError, match=r"by text encoder bytes max_length=64 width=32, .* is bytes max_length=9 .*text_states=false"
+    ):
+        check_text_encoder(data.text, component(max_length=9))
+    data.text.made_by = None  # as in a cache that has the hash alone
+    check_text_encoder(data.text, component(on_long="refuse"))
+    with pytest.raises(UserError, match=rf"made by text encoder {reader().states_hash[:12]}, .*text_states=false"):
+        check_text_encoder(data.text, component(max_length=9))
     without = load_data(str(texts), "train", 24, {"text_states": False})
     assert without.text is None and "condition" not in without.get(0)
 
@@ -226,9 +236,8 @@ def test_a_table_that_is_not_whole_is_refused(texts, tmp_path):
 def test_states_that_cannot_be_kept_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no captions for the text encoder"):
         extract_text(tmp_path / "none", data=uncaptioned(lambda index: True))
-    large = reader()
-    monkeypatch.setattr(large, "_vector", lambda word: torch.full((32,), 1e5))
+    monkeypatch.setattr("vistok.text_encoders.bytes.Bytes._vector", lambda self, word: torch.full((32,), 1e5))
     with pytest.raises(UserError, match="too large for half precision"):
-        extract_text(tmp_path / "half", large)
+        extract_text(tmp_path / "half")
     assert list(tmp_path.iterdir()) == []
-    assert extract_text(tmp_path / "full", large, text_bits=32)["val"].get(0)["condition"].states[0, 0, 0] == 1e5
+    assert extract_text(tmp_path / "full", text_bits=32)["val"].get(0)["condition"].states[0, 0, 0] == 1e5

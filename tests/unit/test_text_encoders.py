@@ -135,6 +135,19 @@ def test_conditions_of_one_row_become_a_batch(name, folder):
     assert torch.equal(stacked.null_states, batch.null_states)
 
 
+# ---------------------------------------------------------------------- T5
+
+
+def test_t5_reads_in_lower_case_if_asked(tmp_path):
+    folder = save_t5(tmp_path / "t5")
+    plain, lower = make("t5", folder), make("t5", folder, lower=True)
+    text = " \tA Red CIRCLE\n"
+    assert torch.equal(lower.encode([text]).states, plain.encode(["a red circle"]).states)
+    assert not torch.equal(plain.encode([text]).states, plain.encode(["a red circle"]).states)
+    assert [text[start:end] for start, end in lower.spans(text)] == ["A", "Red", "CIRCLE", ""]
+    assert make("t5", folder, lower=False).states_hash == plain.states_hash != lower.states_hash
+
+
 # ---------------------------------------------------------------------- CLIP
 
 
@@ -171,17 +184,23 @@ def test_clip_has_so_many_positions(tmp_path):
 
 
 @PRETRAINED
-@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors"])
 def test_a_missing_file_is_one_line(folder, name, missing):
     (folder / missing).unlink()
-    with pytest.raises(UserError, match=rf"^{name}: {folder} .*{missing}") as error:
+    with pytest.raises(UserError, match=rf"^{name}: {folder} lacks {missing}$"):
         make(name, folder)
-    assert "\n" not in str(error.value)
+
+
+@PRETRAINED
+def test_all_missing_files_are_named(tmp_path, name):
+    (tmp_path / "pytorch_model.bin.index.json").touch()
+    with pytest.raises(UserError, match=r" lacks config.json, tokenizer_config.json, tokenizer.json$"):
+        make(name, tmp_path)
 
 
 @PRETRAINED
 def test_a_missing_folder_is_one_line(tmp_path, name):
-    with pytest.raises(UserError, match=rf"no such folder: .*/nowhere \({name} needs config.json, tokenizer.json"):
+    with pytest.raises(UserError, match=rf"no such folder: .*/nowhere \({name} needs config.json, tokenizer"):
         make(name, tmp_path / "nowhere")
 
 
@@ -190,7 +209,7 @@ def test_words_without_a_tokenizer(tmp_path):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=rf"^words: {folder} lacks tokenizer.json"):
         make("words", folder)
-    with pytest.raises(UserError, match=r"nowhere has no weights: supply model.safetensors"):
+    with pytest.raises(UserError, match=r"words not found: .*nowhere"):
         make("words", tmp_path / "nowhere")
 
 
@@ -201,6 +220,13 @@ def test_weights_that_lack_a_tensor_are_refused(folder, name):
     del weights["encoder.final_layer_norm.weight" if name == "t5" else "final_layer_norm.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 tensor\(s\) of a .*, such as .*final_layer_norm\.weight"):
+        make(name, folder)
+
+
+@PRETRAINED
+def test_weights_of_another_config_are_refused(folder, name):
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"^{name}: {folder}: \d+ tensor.* of other shapes than its config.json"):
         make(name, folder)
 
 

@@ -6,7 +6,8 @@ A folder of two files, or three:
                         and ``{split}.labels`` int64 (M,)
     cache.json          token spec, hash of the tokenizer, and for each split what the data are, keys and captions
     text_states.npy     if asked for: what a text encoder makes of captions, see :mod:`vistok.data.text_states`; then
-                        the first file has ``text.offsets`` and ``{split}.captions``, the second the encoder's hash
+                        the first file has ``text.offsets`` and ``{split}.captions``, the second the encoder's name and
+                        arguments, and its hash
 
 Pass 0 holds the images as they are, each further pass of the training split augments them anew.
 """
@@ -22,13 +23,14 @@ import torch
 from omegaconf import MISSING
 from torch import Tensor
 
-from vistok.checkpoint import load_weights, save_tensors
+from vistok import config
+from vistok.config import Component
 from vistok.data.cache import Cache, go_through, passes_of, read_header, write_header
 from vistok.data.datamodule import Dataset, has_captions
-from vistok.data.output import new_folder
-from vistok.data.text_states import TextStates, write_text_states
+from vistok.data.text_states import TextStates, identity, write_text_states
 from vistok.errors import UserError
-from vistok.interfaces import TextEncoder, Tokenizer
+from vistok.files import load_weights, new_folder, save_tensors
+from vistok.interfaces import Tokenizer
 from vistok.tokens import TokenSpec
 
 CODES, CACHE = "codes.safetensors", "cache.json"
@@ -72,7 +74,8 @@ class CodeCache(Cache):
         self.tokenizer_hash: str = cache["tokenizer_hash"]
         self.text: TextStates | None = None
         if config.text_states and "text_hash" in cache:
-            self.text = TextStates(folder, tensors["text.offsets"], tensors[f"{split}.captions"], cache["text_hash"])
+            made_by = (cache["text_hash"], cache.get("text_encoder"))
+            self.text = TextStates(folder, tensors["text.offsets"], tensors[f"{split}.captions"], *made_by)
         self.description = {
             "name": "code_cache",
             "split": split,
@@ -115,7 +118,7 @@ def extract(
     workers: int = 0,
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] = lambda count: None,
-    text_encoder: TextEncoder | None = None,
+    text_encoder: Component | None = None,
     text_bits: int = 16,
 ) -> None:
     """Write the code cache of a data set.
@@ -131,7 +134,7 @@ def extract(
         workers: loader processes.
         device: where to tokenize.
         progress: called with the number of images done since the last call.
-        text_encoder: on ``device``; reads the captions, each different one once. None leaves them as they are.
+        text_encoder: reads the captions, each different one once. None leaves them as they are.
         text_bits: of a number in the states of captions, 16 or 32.
 
     Raises:
@@ -140,8 +143,10 @@ def extract(
     """
     if not tokenizer.spec.num_slots:
         raise UserError("this tokenizer is continuous: it has no codes to cache")
-    if text_encoder is not None and not any(map(has_captions, datasets.values())):
-        raise UserError("these data have no captions for the text encoder to read")
+    if text_encoder is not None:
+        if not any(map(has_captions, datasets.values())):
+            raise UserError("these data have no captions for the text encoder to read")
+        reader = config.build("text_encoders", text_encoder).to(device)
 
     def tokenize(images: Tensor) -> Tensor:
         return tokenizer.tokenize(images.to(device)).ids.to("cpu", torch.int32)
@@ -159,8 +164,8 @@ def extract(
         values = {"spec": tokenizer.spec.to_dict(), "tokenizer_hash": tokenizer_hash}
         if text_encoder is not None:
             texts = {split: part["texts"] or [""] * len(part["keys"]) for split, part in splits.items()}
-            tensors["text.offsets"], captions = write_text_states(folder, text_encoder, texts, text_bits, batch_size)
+            tensors["text.offsets"], captions = write_text_states(folder, reader, texts, text_bits, batch_size)
             tensors |= {f"{split}.captions": rows for split, rows in captions.items()}
-            values["text_hash"] = text_encoder.states_hash
+            values |= {"text_hash": reader.states_hash, "text_encoder": identity(text_encoder)}
         save_tensors(folder / CODES, tensors)
         write_header(folder / CACHE, datasets, splits, **values)

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from vistok.config import Component, build, component_config, to_plain
 from vistok.data.cache import Table
 from vistok.errors import UserError
 from vistok.interfaces import TextCondition, TextEncoder
@@ -25,6 +26,8 @@ from vistok.interfaces import TextCondition, TextEncoder
 TABLE = "text_states.npy"
 DTYPES = {16: torch.float16, 32: torch.float32}
 """Of the table, by the bits of a number."""
+FREE = ("path", "on_long")
+"""Arguments of a text encoder that change no states: where its weights lie, and what it refuses."""
 
 
 class TextStates:
@@ -34,20 +37,32 @@ class TextStates:
         folder: of the cache.
         offsets: see the module docstring.
         captions: of each sample, which one it has.
-        states_hash: of the text encoder; compare with :func:`check_text_encoder`.
+        states_hash: of the text encoder.
+        made_by: :func:`identity` of the text encoder; None if the cache is older than that.
 
     Raises:
         UserError: if the table is not whole.
     """
 
     def __init__(
-        self, folder: Path, offsets: Int[Tensor, " U1"], captions: Int[Tensor, " M"], states_hash: str
+        self,
+        folder: Path,
+        offsets: Int[Tensor, " U1"],
+        captions: Int[Tensor, " M"],
+        states_hash: str,
+        made_by: str | None,
     ) -> None:
         self.table = Table(folder / TABLE, "text states")
-        self.offsets, self.captions, self.states_hash = offsets, captions, states_hash
+        self.offsets, self.captions = offsets, captions
+        self.states_hash, self.made_by = states_hash, made_by
         if len(self.table.array) != int(offsets[-1]):
             raise UserError(f"{folder / TABLE} holds {len(self.table.array)} states, expected {int(offsets[-1])}")
         self.null = self._states(0)
+
+    @property
+    def width(self) -> int:
+        """Channels C of the states."""
+        return self.table.array.shape[1]
 
     def condition(self, index: int) -> TextCondition:
         """The caption of sample ``index``, as the encoder's ``encode`` of it alone."""
@@ -60,17 +75,29 @@ class TextStates:
         return torch.from_numpy(self.table.array[first:last].astype(np.float32))[None]
 
 
-def check_text_encoder(text: TextStates, text_encoder: TextEncoder) -> None:
-    """Refuse states that another text encoder made.
+def identity(text_encoder: Component) -> str:
+    """Name of a text encoder and its arguments, defaults too, that change its states: all but its weights."""
+    args = to_plain(component_config("text_encoders", text_encoder))
+    return " ".join([text_encoder.name, *(f"{name}={value}" for name, value in args.items() if name not in FREE)])
+
+
+def check_text_encoder(text: TextStates, text_encoder: Component) -> None:
+    """Refuse states that another text encoder made, without its weights: they need not even be here.
+
+    Only for a cache that is older than :func:`identity` it is built, for its hash.
 
     Raises:
-        UserError: naming both hashes.
+        UserError: naming both.
     """
-    if text.states_hash != text_encoder.states_hash:
+    if text.made_by is not None:
+        before, now = text.made_by, identity(text_encoder)
+    else:
+        before, now = text.states_hash[:12], build("text_encoders", text_encoder).states_hash[:12]
+    if before != now:
         raise UserError(
-            f"these text states were made by text encoder {text.states_hash[:12]}, the one given is "
-            f"{text_encoder.states_hash[:12]}: make them again (python -m vistok.data tokens --text-encoder), or have "
-            "the captions read while training (data.args.text_states=false)"
+            f"these text states were made by text encoder {before}, the one given is {now}: make them again "
+            "(python -m vistok.data tokens --text-encoder), or have the captions read while training "
+            "(data.args.text_states=false)"
         )
 
 

@@ -17,12 +17,17 @@ from torch.nn.utils.rnn import pad_sequence
 from vistok.checkpoint import module_hash
 from vistok.errors import UserError, first_line
 from vistok.interfaces import TextCondition, TextEncoder
-from vistok.nn.frozen import Frozen
+from vistok.key_maps import is_repository
+from vistok.nn.precision import exact
 from vistok.text_encoders.lengths import LengthConfig, Limit
 
-CONFIG = "config.json"
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
-"""Any one of these makes a tokenizer: of all kinds, of Llama, of T5, of CLIP."""
+FILES = (
+    ("config.json",),
+    ("tokenizer_config.json",),
+    ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"),
+    tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")),
+)
+"""What a folder needs, one of each: the vocabulary is of all kinds, of Llama, of T5 or of CLIP."""
 
 
 @dataclass
@@ -94,7 +99,7 @@ class PretrainedTextEncoder(TextEncoder):
         # Not the tokenizer's padding: that of a language model may have none.
         rows = [torch.tensor(row, device=device) for row in tokens]
         ids, mask = (pad_sequence(part, batch_first=True) for part in (rows, [torch.ones_like(row) for row in rows]))
-        with torch.no_grad(), Frozen.exact(device):
+        with torch.no_grad(), exact(device):
             return self.states(ids, mask.bool()), mask.bool()
 
 
@@ -102,9 +107,15 @@ def read_model(name: str, path: str, class_name: str) -> Any:
     """The model of ``transformers`` that lies in a folder or a repository; as :func:`read` otherwise.
 
     Raises:
-        UserError: also if the weights lack a tensor, which would keep its random initial value.
+        UserError: also if a tensor is missing or of another shape, and would keep its random initial value.
     """
-    model, info = read(name, path, class_name, output_loading_info=True)
+    model, info = read(name, path, class_name, output_loading_info=True, ignore_mismatched_sizes=True)
+    if other := sorted(info["mismatched_keys"]):
+        key, found, expected = other[0]
+        raise UserError(
+            f"{name}: {path}: {len(other)} tensor(s) are of other shapes than its config.json says, such as {key}: "
+            f"{tuple(found)}, expected {tuple(expected)}"
+        )
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name}: {path} lacks {len(missing)} tensor(s) of a {class_name}, such as {missing[0]}")
     return model
@@ -142,13 +153,12 @@ def _check_path(name: str, path: Path) -> bool:
     Raises:
         UserError: if it can be neither, or is a folder that lacks a file.
     """
-    needs = f"({name} needs {CONFIG}, {VOCABULARIES[0]} and the weights)"
     if not path.is_dir():
-        if path.is_absolute() or len(path.parts) != 2:
-            raise UserError(f"no such folder: {path} {needs}")
+        if not is_repository(path):
+            needed = ", ".join(names[0] for names in FILES)
+            raise UserError(f"no such folder: {path} ({name} needs {needed})")
         return False
-    # Without its files transformers makes a tokenizer of no words.
-    absent = [names[0] for names in ((CONFIG,), VOCABULARIES) if not any((path / file).is_file() for file in names)]
-    if absent:
-        raise UserError(f"{name}: {path} lacks {', '.join(absent)} {needs}")
+    # transformers makes a tokenizer of no words without some, and speaks of its own parts without others.
+    if absent := [names[0] for names in FILES if not any((path / file).is_file() for file in names)]:
+        raise UserError(f"{name}: {path} lacks {', '.join(absent)}")
     return True

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vistok.checkpoint import weight_files
 from vistok.errors import UserError
+from vistok.key_maps import published_folder, weight_files
 from vistok.text_encoders.pretrained import PretrainedConfig, PretrainedTextEncoder, read
 
 TABLES = ("model.embed_tokens.weight", "shared.weight")
@@ -22,7 +22,7 @@ TABLES = ("model.embed_tokens.weight", "shared.weight")
 
 
 class Config(PretrainedConfig):
-    """``path`` is the folder of the language model: its tokenizer and safetensors."""
+    """``path`` is that of the language model: its tokenizer and safetensors."""
 
 
 class Words(PretrainedTextEncoder):
@@ -38,8 +38,9 @@ def build(config: Config) -> Words:
     Raises:
         UserError: if a file or the table is missing, or ``max_length`` leaves no room for a word.
     """
-    table = nn.Embedding.from_pretrained(_table(Path(config.path)))
-    return Words("words", read("words", config.path, "AutoTokenizer"), table, table.embedding_dim, config)
+    folder = published_folder(config.path, "words")
+    table = nn.Embedding.from_pretrained(_table(folder))
+    return Words("words", read("words", str(folder), "AutoTokenizer"), table, table.embedding_dim, config)
 
 
 def _table(folder: Path) -> Tensor:
