@@ -21,7 +21,7 @@ from vistok.eval.detectors import WorldDetector
 from vistok.geneval_rules import Entry, spread
 from vistok.interfaces import SampleOptions, TextCondition, TextEncoder
 from vistok.merging.entities import Entity
-from vistok.merging.prefix import composite, reading_apart, uncontextualised
+from vistok.merging.text_states import composite, reading_apart, uncontextualised
 from vistok.pipeline import Prompts, load_models
 
 TASK = "color_attr"
@@ -69,7 +69,7 @@ def main() -> None:
         samples = geneval.generated_samples(
             generator, tokenizer, prompts, args.per_prompt, options, [length], seed, batch_size, {}
         )
-        records, _ = geneval.measure_geneval(detector, entries, samples)
+        records, _ = geneval.measure_geneval(detector, dict(enumerate(entries)), samples)
         rights = torch.tensor([float(record["correct"]) for record in records[str(length)]])
         print(f"{name:60} {rights.mean():.3f} ± {rights.std() / len(rights) ** 0.5:.3f}", flush=True)
 

@@ -13,6 +13,7 @@ METHODS = {
     "tome by similarity": ToMe(in_order=False),
     "pitome": PiToMe(),
     "pitome bsm": PiToMe(0.75, "elu", "bsm"),
+    "pitome halves": PiToMe(0.5, "gauss", "halves"),
     "random": Random(),
 }
 

@@ -159,6 +159,12 @@ def test_tokenizers_without_a_transformer_are_refused_by_name(name, model):
         apply(make_tokenizer(name), r=2)
 
 
+def test_a_mistake_in_a_tower_is_not_taken_for_none(flextok):
+    del flextok.encoder
+    with pytest.raises(AttributeError):
+        apply(flextok, r=2)
+
+
 def test_blocks_that_need_more_than_tokens_are_refused_by_name(flextok):
     flextok.encoder.blocks[1] = flextok.decoder.blocks[0]
     with pytest.raises(UserError, match=r"cannot merge tokens in blocks.1 \(Block\): it does not run on a sequence"):

@@ -63,7 +63,8 @@ class Controls:
         entropy_iterations: gradient steps at most in each of them, above and below timestep 900.
         thresholds: the loss for two entities on 1024 pixels, plus 2, below which a step's iterations end; the last one
             holds for all later steps.
-        scale_factor: gradient step of the composite tokens; half of it is that of the latents. Falls to 0 over the run.
+        scale_factor: gradient step of the composite tokens; half of it is that of the latents.
+        scale_range: what ``scale_factor`` is multiplied by at the first and the last step; linear between them.
         layout: where the entities of each prompt shall be, (x, y) in a frame of 32 x 32; none by default.
         map_layers: the cross-attention layers of the U-Net whose maps are used.
         compat: the published code to the letter: the latents of the phrases step away from the phrase and are scaled
@@ -82,6 +83,7 @@ class Controls:
     entropy_iterations: tuple[int, int] = (4, 4)
     thresholds: tuple[float, ...] = (26, 25, 24, 23, 22.5, 22, 21.5, 21)
     scale_factor: float = 3.0
+    scale_range: tuple[float, float] = (1.0, 0.0)
     layout: tuple[tuple[float, float], ...] = ()
     map_layers: tuple[str, ...] = MAP_LAYERS
     compat: bool = False
@@ -107,6 +109,7 @@ class Texts:
         negative_pooled: their summary vectors.
         phrases: states of the phrase of each entity, prompt after prompt (for the binding loss).
         clean: states of the prompts without attributes (for the end tokens).
+        end: last row of each prompt that the clean one leaves; by default its last token.
     """
 
     prompt: Float[Tensor, "B N C"]
@@ -117,6 +120,7 @@ class Texts:
     negative_pooled: Float[Tensor, "B D"] | None = None
     phrases: Float[Tensor, "M N C"] | None = None
     clean: Float[Tensor, "B N C"] | None = None
+    end: list[int] | None = None
 
 
 @dataclass
@@ -302,7 +306,7 @@ class SemanticBinding:
         if step == 0:
             self._start()
         if step == controls.end_token_step:
-            ends = zip(self.context, texts.clean, texts.tokens)  # type: ignore[arg-type]
+            ends = zip(self.context, texts.clean, texts.end or texts.tokens)  # type: ignore[arg-type]
             self.context = torch.stack([substitute_end(*end) for end in ends])
         if step < controls.binding_steps:
             self.bind(t)
@@ -365,7 +369,8 @@ class SemanticBinding:
         """Move latents and composite tokens until the nouns' maps are concentrated; each prompt stops by itself."""
         controls, texts = self.controls, self._texts
         latents, context = latents.clone(), self.context.clone()
-        size = controls.scale_factor * (1 - step / max(1, self.pipe.num_timesteps - 1))
+        first, last = controls.scale_range
+        size = controls.scale_factor * (first + (last - first) * step / max(1, self.pipe.num_timesteps - 1))
         # Composite tokens alone, or every row of the text.
         moves = torch.full_like(context[..., :1], controls.compat)
         moves[self._owner, self._heads] = 1

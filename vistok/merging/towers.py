@@ -47,17 +47,17 @@ def find_tower(model: Any) -> Tower:
     Args:
         model: a vision transformer of timm, or a :class:`~vistok.nn.vision_teacher.VisionTower` of one; the CLIP or
             SigLIP vision tower of transformers, or what contains one as ``vision_model``; a transformer of this package
-            that says what its tokens are by ``num_patches``, ``num_suffix_tokens`` and ``reads_grid``; or a tokenizer
-            that names one of these as its ``encoding_tower``.
+            that says what its tokens are by ``num_patches``, ``num_suffix_tokens`` and ``reads_grid``; or an
+            autoencoder with one of these as its :attr:`~vistok.interfaces.Autoencoder.encoding_tower`.
 
     Raises:
         UserError: naming the model, and what it lacks.
     """
-    model = getattr(model, "encoding_tower", model)
     if isinstance(model, Autoencoder):
-        raise UserError(
-            f"cannot merge tokens of {type(model).__name__}: it has no encoding_tower, a transformer that reads images"
-        )
+        if (tower := model.encoding_tower) is None:
+            name = type(model).__name__
+            raise UserError(f"cannot merge tokens of {name}: it has no encoding_tower, a transformer that reads images")
+        return find_tower(tower)
     if isinstance(model, VisionTower):
         return find_tower(model.model)._replace(on_grid=True)
     module = getattr(model, "vision_model", model)

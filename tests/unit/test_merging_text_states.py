@@ -11,7 +11,7 @@ from vistok.config import Component, build
 from vistok.errors import UserError
 from vistok.interfaces import SampleOptions
 from vistok.merging.entities import Entity
-from vistok.merging.prefix import composite, reading_apart, uncontextualised
+from vistok.merging.text_states import composite, reading_apart, uncontextualised
 from vistok.rng import SampleRng
 
 PROMPTS = ["a red circle and a blue square", "a white star"]
