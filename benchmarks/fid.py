@@ -18,8 +18,8 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 import torch_fidelity
-import torch_fidelity.feature_extractor_inceptionv3 as published
 from memory import in_fresh_process, peak_bytes
+from random_inception import write_random_inception
 
 from vistok.data.datamodule import load_data
 from vistok.eval import features
@@ -57,7 +57,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         images = ((smooth - smooth.mean()) / smooth.std() * 50 + 128).clamp(0, 255).to(torch.uint8)
         for index, image in enumerate(images):
             save_png(to_pil(image), folder / name / f"{index:05d}.png")
-    weights = args.weights or write_random_weights(folder / "weights.pth", images[:8])
+    weights = args.weights or write_random_inception(folder / "weights.pth", images[:8])
     with patch.object(features, "INCEPTION_SHA256_PREFIX", features.INCEPTION_SHA256_PREFIX if args.weights else ""):
         network = load_features(f"inception:{weights}")
 
@@ -102,22 +102,6 @@ def timed(run: Callable[[], float]) -> tuple[float, float]:
     started = time.process_time()
     value = run()
     return time.process_time() - started, value
-
-
-def write_random_weights(path: Path, images: torch.Tensor) -> Path:
-    """Weights whose features differ between images: normalised by their statistics on some of them."""
-    extractor = published.FeatureExtractorInceptionV3
-    with patch.object(published, "load_state_dict_from_url"), patch.object(extractor, "load_state_dict"):
-        network = extractor("inception-v3-compat", ["2048"])
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        network.train()(images)
-    torch.save(dict(network.state_dict()), path)
-    return path
 
 
 def peaks(count: int) -> tuple[int, int]:

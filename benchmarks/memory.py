@@ -5,8 +5,11 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def peak_bytes(device: str) -> int:
@@ -16,7 +19,7 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def in_fresh_process(work: Callable[..., int], *args: object) -> int:
+def in_fresh_process(work: Callable[..., T], *args: object) -> T:
     """What ``work`` returns in a process that has done nothing else; a process starts with the peak of its parent."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(work, *args).result()

@@ -69,21 +69,21 @@ SAMPLING = ("guidance_interval", "temperature", "final_temperature", "top_k", "t
 """Flags of :func:`add_sampling_flags`, as attributes of the parsed command line and of ``SampleOptions``."""
 
 
-def add_sampling_flags(parser: argparse._ActionsContainer) -> None:
+def add_sampling_flags(parser: argparse._ActionsContainer) -> list[argparse.Action]:
     """How codes are drawn, for commands that take a generator (``--cfg-scale`` is their own); None where not given."""
     add = parser.add_argument
-    add(
-        "--guidance-interval",
-        type=interval,
-        metavar="A,B",
-        help="guide only while this share of the codes is known (default: 0,1)",
-    )
-    add("--temperature", type=float, metavar="T", help="0 takes the likeliest code (default: 1)")
-    add("--final-temperature", type=float, metavar="T", help="what it moves to by the last code (default: the same)")
-    add("--top-k", type=int, metavar="K", help="keep the k likeliest codes; 0 keeps all (default: 0)")
-    add("--top-p", type=float, metavar="P", help="keep this much probability; 1 keeps all (default: 1)")
-    add("--min-p", type=float, metavar="P", help="keep codes with this share of the likeliest's; 0 keeps all (default)")
-    add("--compile", action="store_const", const=True, help="compile the steps of a gpt; on a GPU, as CUDA graphs")
+    interval_help = "guide only while this share of the codes is known (default: 0,1)"
+    final_help = "what it moves to by the last code (default: the same)"
+    min_help = "keep codes with this share of the likeliest's; 0 keeps all (default)"
+    return [
+        add("--guidance-interval", type=interval, metavar="A,B", help=interval_help),
+        add("--temperature", type=float, metavar="T", help="0 takes the likeliest code (default: 1)"),
+        add("--final-temperature", type=float, metavar="T", help=final_help),
+        add("--top-k", type=int, metavar="K", help="keep the k likeliest codes; 0 keeps all (default: 0)"),
+        add("--top-p", type=float, metavar="P", help="keep this much probability; 1 keeps all (default: 1)"),
+        add("--min-p", type=float, metavar="P", help=min_help),
+        add("--compile", action="store_const", const=True, help="compile the steps of a gpt; on a GPU, as CUDA graphs"),
+    ]
 
 
 def sampling_flags(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from vistok.checkpoint import write_atomically
+from vistok.files import write_atomically
 
 _GAP_PX = 2
 _FONT_PX = 14
@@ -80,20 +80,25 @@ def rows_by_label(
         labels: one for each image.
         columns: images per row, at most.
     """
+    rows = places_by_label(labels, columns)
+    cells = images.new_full((len(rows), max(len(places) for _, places in rows), *images.shape[1:]), 255)
+    for row, (_, places) in enumerate(rows):
+        cells[row, : len(places)] = images[places]
+    return cells, [label for label, _ in rows], [""] * cells.shape[1]
+
+
+def places_by_label(labels: list[str], columns: int = 10) -> list[tuple[str, list[int]]]:
+    """The label of each row of :func:`rows_by_label`, and which of all images are in it."""
     groups: dict[str, list[int]] = {}
     for index, label in enumerate(labels):
         groups.setdefault(label, []).append(index)
     columns = min(columns, max(map(len, groups.values())))
     most = columns * max(1, _ROWS // len(groups))
-    rows = [
+    return [
         (label, group[start : start + columns])
         for label, group in list(groups.items())[:_MOST_ROWS]
         for start in range(0, min(most, len(group)), columns)
     ]
-    cells = images.new_full((len(rows), columns, *images.shape[1:]), 255)
-    for row, (_, group) in enumerate(rows):
-        cells[row, : len(group)] = images[group]
-    return cells, [label for label, _ in rows], [""] * columns
 
 
 def to_pil(image: UInt8[Tensor, "3 H W"]) -> Image.Image:

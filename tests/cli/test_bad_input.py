@@ -22,7 +22,7 @@ from PIL import Image
 
 from tiny_models.exports import export_generator, export_tokenizer
 from tiny_models.runs import read_state, tiny_yaml
-from vistok import checkpoint
+from vistok import files
 from vistok.checkpoint import export_hash, export_info, load_tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -263,7 +263,7 @@ def test_a_full_disk_at_an_export_keeps_the_previous_one(run_script, tmp_path, m
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", save_file)
+        patch.setattr(files, "save_file", save_file)
         code, _, err = run_script(*words)
     assert code == 2
     assert err.splitlines()[-1].startswith(f"error: cannot write {run / WEIGHTS}: ")

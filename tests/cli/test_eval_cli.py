@@ -1,6 +1,8 @@
 """``python -m vistok.eval`` from exports to tables, on tiny models with random weights."""
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 
@@ -18,6 +20,7 @@ from vistok.checkpoint import export, export_hash
 from vistok.cli import main
 from vistok.config import Component, build
 from vistok.eval.__main__ import run
+from vistok.pictures import rows_by_label
 
 TOKENIZER = Component(
     "flextok",
@@ -252,6 +255,119 @@ def test_all_images_of_a_folder_are_reconstructed(runs, evaluate, tmp_path):
     assert "N=11" in out, "each image counts once"
 
 
+def paint(folder, blue=0):
+    """Images of two classes."""
+    for n in range(8):
+        (folder / f"{n % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (30 * n, 0, blue)).save(folder / f"{n % 2}/{n}.png")
+
+
+def test_other_pixels_under_the_same_names_do_not_compare(runs, evaluate, tmp_path):
+    """Of the originals that are reconstructed, and of the held-out images beside samples."""
+    for name, blue in (("a", 0), ("b", 9)):
+        paint(tmp_path / name / "train")
+        paint(tmp_path / name / "val", blue)
+        data = ("--data", tmp_path / name, "--out", tmp_path / name / "eval")
+        words = ("reconstruction", "--checkpoint", runs / "tokenizer", "--features", "none", "--tokens", 1)
+        code, _, err = evaluate(*words, *data)
+        assert code == 0, err
+        words = ("generation", "--images", tmp_path / "a/val", "--features", "digits", "--no-copies")
+        code, _, err = evaluate(*words, *data)
+        assert code == 0, err
+    for task, place in (("reconstruction", "reference"), ("generation", "data")):
+        files = [tmp_path / name / "eval" / f"{task}.json" for name in "ab"]
+        refused(evaluate("compare", *files), f"{place} / pixels_sha256")
+
+
+def test_the_same_pixels_compare_however_they_are_named(runs, evaluate, tmp_path):
+    """Augmentation, which nobody asks for here, is no condition."""
+    for name, more in (("a", ()), ("b", ("crop=center", "flip=true"))):
+        paint(tmp_path / "train")
+        words = ("reconstruction", "--checkpoint", runs / "tokenizer", "--features", "none", "--tokens", 1)
+        words = (*words, "--split", "train", "--data", tmp_path / "train", "--out", tmp_path / name)
+        code, _, err = evaluate(*words, *(("--data-args", *more) if more else ()))
+        assert code == 0, err
+    code, out, err = evaluate("compare", tmp_path / "a/reconstruction.json", tmp_path / "b/reconstruction.json")
+    assert code == 0 and "DIFFERENT" not in out, err
+
+
+def real_images(path, size_px):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, size_px, size_px, 3), dtype=np.uint8)
+    np.savez(path, arr_0=pixels)
+    return "--reference", path, "--features", "digits"
+
+
+def test_samples_may_stay_unwritten_and_the_picture_takes_what_it_shows(runs, evaluate, tmp_path, monkeypatch):
+    shown = []
+
+    def watched(images, labels):
+        shown.append(len(images))
+        return rows_by_label(images, labels)
+
+    monkeypatch.setattr("vistok.pictures._ROWS", 1)
+    monkeypatch.setattr("vistok.eval.commands.generation.rows_by_label", watched)
+    real = real_images(tmp_path / "real.npz", 16)
+    words = ("generation", "--checkpoint", runs / "generator", *real, "--count", 24)
+    pictures = []
+    for name, more in (("a", ()), ("b", ("--no-samples", "--batch-size", 7))):
+        code, _, err = evaluate(*words, *more, "--out", tmp_path / name)
+        assert code == 0, err
+        pictures.append((tmp_path / name / "generation.png").read_bytes())
+    assert pictures[0] == pictures[1]
+    written = sorted(path.name for path in (tmp_path / "b").iterdir())
+    assert written == ["generation.json", "generation.png"]
+    assert np.load(tmp_path / "a/samples.npz")["arr_0"].shape == (24, 16, 16, 3)
+    # Without classes one row of ten is enough, of 24 samples.
+    words = ("generation", "--images", tmp_path / "a/samples.npz", *real)
+    code, _, err = evaluate(*words, "--out", tmp_path / "c", "--batch-size", 7)
+    assert code == 0, err
+    assert shown == [24, 24, 10]
+
+
+def test_samples_are_resized_to_a_smaller_reference(runs, evaluate, tmp_path):
+    """As LlamaGen's of 384 px are measured at 256 px."""
+    real = {size: real_images(tmp_path / f"{size}.npz", size) for size in (8, 16)}
+    words = ("generation", "--checkpoint", runs / "generator", "--count", 12)
+    refused(evaluate(*words, *real[8]), "samples have 16 px, the reference 8 px", "--protocol adm8")
+    results = {}
+    for name, more in (("large", real[16]), ("small", (*real[8], "--protocol", "adm8"))):
+        code, _, err = evaluate(*words, *more, "--out", tmp_path / name)
+        assert code == 0, err
+        results[name] = json.loads((tmp_path / name / "generation.json").read_text())
+    protocol = results["small"]["protocol"]
+    assert protocol["image_size_px"] == 8 and protocol["settings"]["preprocessing"] == "adm_center_crop"
+    assert results["large"]["protocol"]["settings"]["preprocessing"] == "none"
+    large, small = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("large", "small"))
+    halved = [np.array(Image.fromarray(image).resize((8, 8), Image.Resampling.BOX)) for image in large]
+    assert np.array_equal(small, halved)
+    # The same as when they lie in a file and are cropped to the same size there.
+    for n, image in enumerate(large):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / f"images/{n:02d}.png")
+    words = ("generation", "--images", tmp_path / "images", *real[8], "--protocol", "adm8")
+    code, _, err = evaluate(*words, "--out", tmp_path / "again")
+    assert code == 0, err
+    again = json.loads((tmp_path / "again/generation.json").read_text())["metrics"]["tokens"]["all"]
+    assert again == pytest.approx({name: results["small"]["metrics"]["tokens"]["4"][name] for name in again})
+
+
+def test_flags_that_change_nothing_about_what_exists_are_refused(evaluate, questions, tmp_path):
+    prompts, skills = tmp_path / "prompts.json", tmp_path / "skills.json"
+    prompts.write_text('{"00000": {"prompt": "a cup"}}')
+    skills.write_text('{"basic": [0]}')
+    drawing = (("--cfg-scale", 4), ("--top-k", 5), ("--compile",), ("--tokens", "4"), ("--decode", "a=1"))
+    prompted = (*drawing, ("--save-images",), ("--count-per-prompt", 2), ("--seed", 1))
+    for command, source, flags in (
+        (("generation", "--reference", "x"), "--images", (*drawing, ("--no-samples",))),
+        (("geneval", "--detector", "x"), "--images", prompted),
+        (("geneval",), "--results", (*prompted, ("--detector", "x"), ("--split", "train"))),
+        (("dpg", "--questions", questions, "--judge", "x"), "--images", prompted),
+        (("genai", "--prompts", prompts, "--skills", skills, "--judge", "x"), "--images", prompted),
+    ):
+        for words in flags:
+            refused(evaluate(*command, source, tmp_path, *words), words[0], source, "exist already")
+
+
 def test_bad_flags_are_refused_before_anything_is_loaded(runs, evaluate):
     base = ("reconstruction", "--checkpoint", runs / "tokenizer", "--data", "digits")
     for words in (
@@ -304,7 +420,7 @@ def test_geneval_of_a_generator(speaking, evaluate, tmp_path):
     Image.open(tmp_path / "geneval.png").verify()
     Image.open(tmp_path / "geneval_by_tokens.png").verify()
     images = tmp_path / "geneval_images"
-    assert sorted(path.name for path in (images / "00011/samples").iterdir()) == ["0000.png", "0001.png", "0002.png"]
+    assert sorted(path.name for path in (images / "00503/samples").iterdir()) == ["0000.png", "0001.png", "0002.png"]
 
     def lines(path):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -318,15 +434,65 @@ def test_geneval_of_a_generator(speaking, evaluate, tmp_path):
     again = json.loads((images / "geneval.json").read_text())
     assert again["metrics"]["tokens"]["unknown"] == result["metrics"]["tokens"]["8"]
     code, out, err = evaluate("geneval", "--results", tmp_path / "geneval_results.jsonl")
-    assert code == 0 and "color_attr" in out and "overall" in out, err
+    assert code == 0 and "24 of 24 stored verdicts are what these rules give" in out and "there: 12" in out, err
+    stored = json.loads((tmp_path / "geneval_results_eval/geneval.json").read_text())
+    assert stored["metrics"]["tokens"]["unknown"] == result["metrics"]["tokens"]["8"]
+    assert stored["fingerprint"] in out and "6 of 6 tasks and 12 of 553 prompts were scored" in out
 
     refused(evaluate(*words, "--checkpoint", speaking / "generator", "--out", tmp_path, "--save-images"), "exists")
-    (images / "00007/samples/0001.png").unlink()
+    (images / "00306/samples/0001.png").unlink()
     code, _, err = evaluate(*words, "--images", images)
     assert code == 0, err
-    for file in (images / "00007/samples").iterdir():
+    # A folder of more prompts will do for some of them.
+    code, _, err = evaluate(*words[:-1], 1, "--images", images)
+    assert code == 0, err
+    assert json.loads((images / "geneval.json").read_text())["metrics"]["counts"] == {"prompts": 6, "samples": 18}
+    for file in (images / "00306/samples").iterdir():
         file.unlink()
-    refused(evaluate(*words, "--images", images), "lacks the images of 1 of 12 prompts: 00007")
+    refused(evaluate(*words, "--images", images), "lacks the images of 1 of 12 prompts: 00306")
+    Image.new("RGB", (32, 32)).save(images / "00306/samples/0000.png")
+    Image.new("RGB", (16, 16)).save(images / "00503/samples/0000.png")
+    refused(evaluate(*words, "--images", images), "images of different size", "00000/samples", "00503/samples/0000.png")
+
+
+def test_results_of_the_original_are_scored_again(evaluate, tmp_path):
+    """Two published lines of whose verdicts one is wrong, and one about a colour, which stays."""
+    cat, dog = ({"class": name, "count": 1} for name in ("cat", "dog"))
+    entries = {
+        "position": [dog, {**cat, "position": ["left of", 0]}],
+        "two_object": [cat, dog],
+        "colors": [{**cat, "color": "red"}],
+    }
+    boxes = {"cat": [[0.0, 0.0, 10.0, 10.0, 0.95]], "dog": [[50.0, 0.0, 60.0, 10.0, 0.5]]}
+    rows = [
+        {"filename": f"x/{n:05d}/samples/0000.png", "tag": tag, "prompt": tag, "correct": tag != "two_object"}
+        | {"reason": "", "metadata": json.dumps({"tag": tag, "prompt": tag, "include": include})}
+        | {"details": json.dumps(boxes)}
+        for n, (tag, include) in enumerate(entries.items())
+    ]
+    file = tmp_path / "results.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def scores(*words):
+        code, out, err = evaluate("geneval", "--results", file, "--out", tmp_path / "zz", *words)
+        assert code == 0, err
+        result = json.loads((tmp_path / "zz/geneval.json").read_text())
+        assert result["fingerprint"] in out and "3 of 6 tasks and 3 of 553 prompts were scored" in out
+        assert result["run"]["verdicts"] in " ".join(out.split())
+        return out, result
+
+    out, result = scores()
+    assert result["metrics"]["tokens"]["unknown"] == dict.fromkeys(["two_object", "colors", "position", "overall"], 1.0)
+    assert "1 of 2 stored verdicts are what these rules give on the stored boxes; as stored" in out
+    assert result["protocol"]["data"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    _, stricter = scores("--min-score", 0.6)
+    assert stricter["metrics"]["tokens"]["unknown"] == {"two_object": 0, "colors": 1, "position": 0, "overall": 1 / 3}
+    assert stricter["metrics"]["all"] == {"prompts": 3, "images": 3, "images_right": 1 / 3, "prompts_right": 1 / 3}
+    assert stricter["fingerprint"] != result["fingerprint"]
+    assert not (tmp_path / "zz/geneval_results.jsonl").exists()
+    refused(evaluate("geneval", "--results", file, "--detector", "x"), "--detector", "--results")
+    file.write_text(json.dumps(rows[0] | {"correct": "false"}))
+    refused(evaluate("geneval", "--results", file), "results.jsonl, line 1", "'correct'")
 
 
 def test_an_image_does_not_depend_on_its_batch_nor_on_other_guidance(speaking, evaluate, tmp_path):
@@ -369,8 +535,10 @@ def test_geneval_of_photographs(speaking, evaluate, tmp_path):
     judge = ("--detector", tmp_path / "detector", "--color-model", tmp_path / "clip")
     code, out, err = evaluate(*words, *judge, "--min-score", 0, "--min-counting-score", 0)
     assert code == 0, err
-    assert "SELF-TEST" in out and "GenEval by the detector" in out
+    assert "GenEval by the detector" in out
     result = json.loads((tmp_path / "out/geneval.json").read_text())
+    # Before the images are judged, and beside their scores.
+    assert out.count(result["run"]["self_test"]) == 2 and "SELF-TEST FAILED" in result["run"]["self_test"]
     assert result["metrics"]["counts"] == {"prompts": 3, "samples": 12}
     assert list(result["metrics"]["tokens"]["8"]) == ["single_object", "counting", "colors", "overall"]
     assert result["protocol"]["features"].keys() == {"name", "sha256", "color_model", "color_sha256"}
@@ -504,6 +672,49 @@ def test_dpg_refuses_what_it_cannot_score(runs, speaking, evaluate, questions, t
     code, said, err = evaluate(*words, *sampled, "--save-images", "--most-prompts", 1, "--count-per-prompt", 2)
     assert code == 0 and "2 samples, not judged without --judge" in said, err
     assert len(list((tmp_path / "out/dpg_images/circle").iterdir())) == 2
+
+
+def test_compbench_by_both_protocols(speaking, evaluate, tmp_path):
+    prompts, out = tmp_path / "color.txt", tmp_path / "generator/eval"
+    prompts.write_text("a red hat and a blue cup.\ta red\ta hat\ta blue\ta cup\na hat\ta hat\ta cup\ta red\ta blue\n")
+    words = ("compbench", "--prompts", prompts, "--judge", save_judge("blip", tmp_path / "blip"))
+    sampled = ("--checkpoint", speaking / "generator", "--save-images", "--count-per-prompt", 2, "--out", out)
+    code, said, err = evaluate(*words, *sampled)
+    assert code == 0, err
+    result = json.loads((out / "compbench.json").read_text())
+    lines = (out / "compbench_results.jsonl").read_text().splitlines()
+    scores = [np.prod(json.loads(line)["yes"]) for line in lines]
+    assert result["metrics"]["tokens"]["8"] == pytest.approx({"overall": np.mean(scores)})
+    assert result["metrics"]["counts"] == {"prompts": 2, "samples": 4}
+    assert result["fingerprint"] in said and "T2I-CompBench by the judge blip" in said
+
+    # The published layout, where the number is behind the whole prompt, is found as the one that is written.
+    (tmp_path / "flat").mkdir()
+    for file in (out / "compbench_images").glob("*/*.png"):
+        stop = "." * file.parent.name.endswith("blue cup")
+        shutil.copy(file, tmp_path / "flat" / f"{file.parent.name}{stop}_{int(file.stem):06d}.png")
+    code, _, err = evaluate(*words, "--images", tmp_path / "flat")
+    assert code == 0, err
+    again = json.loads((tmp_path / "flat/compbench.json").read_text())
+    assert again["metrics"]["tokens"]["unknown"] == pytest.approx(result["metrics"]["tokens"]["8"])
+
+    bound = (*words, "--protocol", "object-binding", "--images", out / "compbench_images", "--out", out)
+    code, said, err = evaluate(*bound)
+    assert code == 0, err
+    result = json.loads((out / "object-binding.json").read_text())
+    lines = [json.loads(line) for line in (out / "object-binding_results.jsonl").read_text().splitlines()]
+    assert all(len(line["yes"]) == 6 and line["score"] * 8 % 1 == 0 for line in lines)
+    assert result["metrics"]["tokens"]["unknown"]["overall"] == pytest.approx(np.mean([ln["score"] for ln in lines]))
+    assert "Object binding by the judge blip" in said
+    code, _, err = evaluate("report", "--run", tmp_path / "generator")
+    assert code == 0, err
+    page = (tmp_path / "generator/report.md").read_text()
+    assert "T2I-CompBench by the judge blip: overall" in page and "Object binding by the judge blip: overall" in page
+
+    prompts.write_text("a hat\ta hat\n")
+    refused(evaluate(*bound), "object binding needs two subjects", "there is a hat")
+    prompts.write_text("a dog\ta dog\n")
+    refused(evaluate(*words, "--images", tmp_path / "flat"), "lacks the images of 1 of 1 prompts: a dog")
 
 
 def test_genai_of_images_that_people_rated(speaking, evaluate, tmp_path):

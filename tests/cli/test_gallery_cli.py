@@ -135,7 +135,7 @@ def test_what_is_missing_or_damaged_is_one_line(measured, tmp_path, capsys):
     shutil.copytree(measured / "one/tokenizer/eval", tmp_path / "run/eval")
     strips = tmp_path / "run/eval/reconstruction_strips"
     (strips / "tokens_2.png").write_bytes((strips / "tokens_2.png").read_bytes()[:60])
-    refused("tokens_2.png", "no whole picture")
+    refused("tokens_2.png", "cannot read")
     (strips / "tokens_2.png").unlink()
     with pytest.warns(UserWarning, match=r"tokens_2\.png is missing"):
         assert evaluate("gallery", "--runs", tmp_path / "run", "--out", tmp_path / "page.html") == 0

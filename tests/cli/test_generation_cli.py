@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_inception import write_random_inception
 
-from tiny_models.inception import write_random_inception
 from vistok.cli import main
 from vistok.data.datamodule import load_data
 from vistok.data.images import Record
@@ -137,6 +137,32 @@ def test_a_folder_is_cropped_as_adm_does(evaluate, tmp_path):
     assert code == 2 and "must be square" in err
 
 
+def test_a_reference_of_images_is_cropped_as_the_samples(evaluate, tmp_path):
+    """Photographs of any shape, as they lie and as a file: the same pixels, so the same fingerprint."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for index in range(5):
+        Image.fromarray(rng.integers(0, 256, (40 + index, 50, 3), dtype=np.uint8)).save(
+            tmp_path / f"photos/{index}.png"
+        )
+    files = [tmp_path / f"{name}.npz" for name in "ab"]
+    for file, more in zip(files, ((), ("--data-args", "crop=center", "flip=true"))):
+        words = ("reference", "--data", tmp_path / "photos", "--protocol", "adm16", *NETWORK, "--out", file)
+        code, text, err = evaluate(*words, *more)
+        assert code == 0, err
+        assert "augmentation" not in text and "published" not in text
+    words = ("--images", tmp_path / "photos", *NETWORK)
+    references = (*files, tmp_path / "photos")
+    results = [
+        measured(evaluate, tmp_path / f"{n}", *words, "--protocol", "adm16", "--reference", reference)
+        for n, reference in enumerate(references)
+    ]
+    assert len({protocol.fingerprint for protocol, *_ in results}) == 1
+    assert results[2][1]["tokens"]["all"]["gFID-5 (digits-cnn features)"] == pytest.approx(0, abs=1e-3)
+    words = ("--images", tmp_path / "photos", *NETWORK, "--reference")
+    refused(evaluate("generation", *words, tmp_path / "photos"), "must be square", "--protocol admSIZE")
+
+
 def test_published_statistics_without_images(stored, evaluate, tmp_path):
     """Plain mu and sigma: FID alone, and the report says what cannot be known."""
     rng = np.random.default_rng(0)
@@ -152,7 +178,7 @@ def test_published_statistics_without_images(stored, evaluate, tmp_path):
 def test_adm_files_are_read_with_sfid(stored, evaluate, tmp_path, monkeypatch):
     """ADM's layout, whose images bring precision and recall, through an Inception with random weights."""
     images, *_ = next(uint8_batches(load_data("digits", "train", 16), 5, count=5))
-    write_random_inception(tmp_path / "weights.pth", images, monkeypatch)
+    write_random_inception(tmp_path / "weights.pth", images)
     monkeypatch.setattr(features, "INCEPTION_SHA256_PREFIX", "")
     network = features.load_features(f"inception:{tmp_path / 'weights.pth'}")
     with torch.no_grad():

@@ -1,10 +1,10 @@
 import pytest
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as published
+from random_inception import write_random_inception
 from safetensors.torch import load_file
 from torchmetrics.image.fid import NoTrainInceptionV3
 
-from tiny_models.inception import write_random_inception
 from vistok.data.datamodule import load_data
 from vistok.errors import UserError
 from vistok.eval import features, train_features
@@ -133,7 +133,7 @@ def test_inception_features_are_torch_fidelitys(tmp_path, monkeypatch):
     """Random weights: same file, same uint8 images, the TensorFlow resize and not torchmetrics' default one."""
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "weights.pth"
-    write_random_inception(path, images, monkeypatch)
+    write_random_inception(path, images)
     monkeypatch.setattr(features, "INCEPTION_SHA256_PREFIX", "")
     ours = load_features(f"inception:{path}")
     theirs = published.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path)).eval()

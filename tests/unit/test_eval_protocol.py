@@ -48,6 +48,15 @@ def test_fingerprint_ignores_the_model_and_the_order_of_keys():
     int(PROTOCOL.fingerprint, 16)
 
 
+def test_of_a_reference_with_pixels_the_fingerprint_covers_these_wherever_they_come_from():
+    folder = {"images": "all", "count": 8, "pixels_sha256": "aa", "data": {"name": "folders"}}
+    protocol = dataclasses.replace(PROTOCOL, reference=folder)
+    same = dataclasses.replace(PROTOCOL, reference=folder | {"images": "train", "data": {"name": "shards"}})
+    assert same.fingerprint == protocol.fingerprint and same.differences(protocol) == []
+    other = dataclasses.replace(PROTOCOL, reference=folder | {"pixels_sha256": "bb"})
+    assert other.differences(protocol) == ['reference / pixels_sha256: "bb" / "aa"']
+
+
 def test_results_come_back_whole(tmp_path):
     path = tmp_path / "eval" / "result.json"
     save_result(path, PROTOCOL, {"psnr_db": 20.5}, {"command": "measure"})
@@ -58,9 +67,10 @@ def test_results_come_back_whole(tmp_path):
 
 def test_compare_models_under_one_protocol(tmp_path):
     save_result(tmp_path / "a.json", PROTOCOL, {"tokens": {"1": {"psnr_db": 20.0}}, "only_a": 1.0})
-    save_result(tmp_path / "b.json", dataclasses.replace(PROTOCOL, models={}), {"tokens": {"1": {"psnr_db": 21.0}}})
-    values = compare(tmp_path / "a.json", tmp_path / "b.json")
-    assert values == {"tokens / 1 / psnr_db": (20.0, 21.0), "only_a": (1.0, None)}
+    other = dataclasses.replace(PROTOCOL, models={})
+    save_result(tmp_path / "b.json", other, {"tokens": {"1": {"psnr_db": 21.0}}})
+    values = {"tokens / 1 / psnr_db": (20.0, 21.0), "only_a": (1.0, None)}
+    assert compare(tmp_path / "a.json", tmp_path / "b.json") == (PROTOCOL, other, values)
 
 
 def test_compare_refuses_other_protocols_and_names_the_fields(tmp_path):
@@ -70,7 +80,8 @@ def test_compare_refuses_other_protocols_and_names_the_fields(tmp_path):
         compare(tmp_path / "a.json", tmp_path / "b.json")
     assert "\n" not in str(error.value)
     assert "definitions" not in str(error.value)
-    assert compare(tmp_path / "a.json", tmp_path / "b.json", force=True) == {"psnr_db": (20.0, 21.0)}
+    *_, values = compare(tmp_path / "a.json", tmp_path / "b.json", force=True)
+    assert values == {"psnr_db": (20.0, 21.0)}
 
 
 def test_only_the_values_that_differ_are_named():

@@ -1,5 +1,7 @@
 """LPIPS and cosines of pretrained features, on random weights of the real architectures."""
 
+import shutil
+
 import pytest
 import timm
 import torch
@@ -60,6 +62,17 @@ def test_a_cosine_is_that_of_the_folder_s_own_features(weights):
         torch.testing.assert_close(comparison.function(a, a), torch.ones(3))
         assert (comparison.function(a, 255 - a) < 0.9999).all()
     assert cosine(f"{TIMM}={weights / 'vit.pth'}").name == f"cosine ({TIMM} features)"
+
+
+def test_what_prepares_the_images_is_part_of_the_definition(weights, tmp_path):
+    one = cosine(str(weights / "dinov2"))
+    changed = shutil.copytree(weights / "dinov2", tmp_path / "dinov2")
+    assert cosine(str(changed)).definition == one.definition
+    text = (changed / "preprocessor_config.json").read_text()
+    (changed / "preprocessor_config.json").write_text(text.replace('"resample": 3', '"resample": 0'))
+    other = cosine(str(changed))
+    assert (one.function(images(0), images(1)) != other.function(images(0), images(1))).all()
+    assert other.definition != one.definition
 
 
 def test_comparisons_are_means_over_images(weights):

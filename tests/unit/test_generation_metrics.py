@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from random_inception import write_random_inception
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
@@ -10,11 +11,10 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore as TorchmetricsScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from tiny_models.inception import write_random_inception
 from vistok.data.datamodule import load_data
 from vistok.eval import features
 from vistok.eval.features import load_features
-from vistok.eval.fid import FrechetDistance, Moments, fid_notes, frechet_distance, metric_name
+from vistok.eval.fid import FrechetDistance, Moments, fid_notes, frechet_distance, metric_name, rank_notes
 from vistok.eval.generation import in_class_order, measure_generation
 from vistok.eval.image_statistics import ImageStatistics
 from vistok.eval.images import uint8_batches
@@ -46,7 +46,7 @@ def found(tmp_path_factory):
     noise[: FAKE // 2] //= 30
     fake = (real[:FAKE].int() + noise).clamp(0, 255).to(torch.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        write_random_inception(path, real[:4], patch)
+        write_random_inception(path, real[:4])
         patch.setattr(features, "INCEPTION_SHA256_PREFIX", "")
         network = load_features(f"inception:{path}")
     with torch.no_grad():
@@ -209,3 +209,4 @@ def test_names_carry_the_number_of_images():
     few = " ".join(fid_notes(network, 40, None))
     assert "at least 65 are needed" in few and "N=40" in few
     assert fid_notes(network, 50_000, None) == []
+    assert rank_notes(network, 65) == [] and "64 images cannot fill a covariance of 64" in rank_notes(network, 64)[0]

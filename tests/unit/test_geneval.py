@@ -1,6 +1,7 @@
 """GenEval's rules on hand-made detections, its files, and both kinds of detectors."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -199,7 +200,11 @@ def world(split="val"):
 def benchmark(most=None):
     tasks = world().geneval_prompts()
     entries = [entry for task, count in TASKS.items() for entry in spread(tasks[task], count)]
-    return entries if most is None else [entries[place] for place in geneval.some_of_each(entries, most)]
+    return entries if most is None else [*geneval.some_of_each(numbered(entries), most).values()]
+
+
+def numbered(entries):
+    return dict(enumerate(entries))
 
 
 def test_the_world_has_as_many_prompts_as_geneval():
@@ -219,7 +224,7 @@ def test_perfect_images_are_all_right_and_those_of_the_next_prompt_are_not():
         for index in range(2)
     )
     done = []
-    records, picture = geneval.measure_geneval(detector, entries, samples, done.append)
+    records, picture = geneval.measure_geneval(detector, numbered(entries), samples, done.append)
     assert sum(done) == 96
     assert geneval.scores(records["right"]) == dict.fromkeys([*TASKS, "overall"], 1.0)
     # A red circle and another thing is also a picture of a circle; never the other way round.
@@ -239,7 +244,7 @@ def test_the_world_judges_by_its_own_threshold_unless_told():
 
 
 def record(tag, number, index, correct):
-    return {"filename": f"x/{number:05d}/samples/{index:04d}.png", "tag": tag, "correct": correct}
+    return {"filename": f"x/{number:0>5}/samples/{index:04d}.png", "tag": tag, "correct": correct}
 
 
 def test_scores_are_means_of_images_and_the_overall_score_of_tasks():
@@ -250,6 +255,14 @@ def test_scores_are_means_of_images_and_the_overall_score_of_tasks():
     assert geneval.by_task(rows)["position"] == {
         "prompts": 2, "images": 8, "images_right": 0.125, "prompts_right": 0.5
     }  # fmt: skip
+    assert geneval.tally(rows) == {"prompts": 4, "images": 10, "images_right": 0.3, "prompts_right": 0.75}
+
+
+def test_a_part_of_the_benchmark_is_called_one():
+    whole = [record(tag, f"{tag}{n}", 0, True) for tag, count in TASKS.items() for n in range(count)]
+    assert geneval.shortfall(whole) == ""
+    assert geneval.shortfall(whole[1:]).startswith("6 of 6 tasks and 552 of 553 prompts were scored")
+    assert geneval.shortfall(whole[80:]).startswith("5 of 6 tasks and 473 of 553 prompts")
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
@@ -261,7 +274,7 @@ def keep(folder, entries, per_prompt=2):
         for number in range(len(entries))
         for index in range(per_prompt)
     )
-    return list(geneval.kept_samples(samples, folder, entries))
+    return list(geneval.kept_samples(samples, folder, numbered(entries)))
 
 
 def test_samples_lie_as_the_original_wants_them(tmp_path):
@@ -269,22 +282,22 @@ def test_samples_lie_as_the_original_wants_them(tmp_path):
     keep(tmp_path, entries)
     assert json.loads((tmp_path / "00003/metadata.jsonl").read_text()) == entries[3]
     found_entries, files = geneval.read_samples(tmp_path)
-    assert found_entries == entries
+    assert found_entries == numbered(entries)
     assert [file.name for file in files[5]] == ["0000.png", "0001.png"]
     # What the original's samplers leave beside.
     (tmp_path / "00000/grid.png").write_bytes(b"")
     (tmp_path / "00000/samples/best.png").write_bytes(b"")
     (tmp_path / "geneval.json").write_text("{}")
-    assert geneval.read_samples(tmp_path, entries)[1] == files
+    assert geneval.read_samples(tmp_path, found_entries)[1] == files
 
 
 def test_missing_and_foreign_samples_are_refused(tmp_path):
     entries = benchmark(1)
     keep(tmp_path, entries)
     with pytest.raises(UserError, match=r"was made for 'a circle', not for 'a cross'"):
-        geneval.read_samples(tmp_path, [dict(entries[0], prompt="a cross"), *entries[1:]])
+        geneval.read_samples(tmp_path, numbered(entries) | {0: dict(entries[0], prompt="a cross")})
     with pytest.raises(UserError, match=r"lacks the images of 2 of 8 prompts: 00006, 00007"):
-        geneval.read_samples(tmp_path, entries + entries[:2])
+        geneval.read_samples(tmp_path, numbered(entries + entries[:2]))
     (tmp_path / "00001/samples/0000.png").unlink()
     (tmp_path / "00001/samples/0001.png").unlink()
     (tmp_path / "00004/metadata.jsonl").unlink()
@@ -294,38 +307,143 @@ def test_missing_and_foreign_samples_are_refused(tmp_path):
         geneval.read_samples(tmp_path / "none")
 
 
+def bad_entry(**parts):
+    return json.dumps({"tag": "colors", "prompt": "", "include": []} | parts)
+
+
 @pytest.mark.parametrize(
     ("line", "part"),
     [
-        ('{"tag": "colors"', "one JSON object in each line"),
-        ("[1]", "one JSON object in each line"),
-        ('{"tag": "colors", "include": []}', "line 2: no 'prompt'"),
-        ('{"tag": "colours", "prompt": "", "include": []}', "line 2: no task 'colours'"),
-        ('{"tag": "colors", "prompt": "", "include": [{"class": "cat"}]}', "needs a class and a count"),
-        (
-            '{"tag": "position", "prompt": "", "include": [{"class": "cat", "count": 1, "position": ["left of", 0]}]}',
-            "to an earlier clause",
+        ('{"tag": "colors"', "no JSON: "),
+        ("[1]", "no JSON object"),
+        ('{"tag": "colors", "include": []}', "needed are 'tag' and 'prompt'"),
+        ('{"tag": "colours", "prompt": "", "include": []}', "no task 'colours'"),
+        (bad_entry(include={"class": "cat", "count": 1}), "needed are .*'include'"),
+        (bad_entry(exclude={"class": "cat", "count": 1}), "'exclude' .lists"),
+        (bad_entry(include=["cat"]), "a clause needs a class and a count, got cat"),
+        (bad_entry(include=[{"class": "cat"}]), "a clause needs a class and a count"),
+        (bad_entry(include=[{"class": "cat", "count": "1"}]), "a clause needs a class and a count"),
+        (bad_entry(include=[{"class": ["cat"], "count": 1}]), "a clause needs a class and a count"),
+        (bad_entry(include=[{"class": "cat", "count": 0}]), "a clause needs a class and a count"),
+        (bad_entry(exclude=["cat"]), "a clause needs a class and a count, got cat"),
+        (bad_entry(include=[{"class": "cat", "count": 1, "color": ["red"]}]), "a color is text"),
+        *(
+            (bad_entry(include=[DOG, {**CAT, "position": position}]), "position must be one of .* to an earlier clause")
+            for position in ("left of", ["left of"], 3, None, [], ["left of", "0"], ["left of", 1], ["near", 0])
         ),
     ],
 )
 def test_bad_metadata_is_one_line(tmp_path, line, part):
-    good = '{"tag": "colors", "prompt": "a", "include": [{"class": "cat", "count": 1}]}'
-    (tmp_path / "m.jsonl").write_text(f"{good}\n{line}\n")
-    with pytest.raises(UserError, match=part) as refused:
+    good = json.dumps({"tag": "position", "prompt": "a", "include": [DOG, LEFT_CAT]})
+    (tmp_path / "m.jsonl").write_text(f"{good}\n\n{line}\n")
+    with pytest.raises(UserError, match=f"m.jsonl, line 3: .*{part}") as refused:
         geneval.read_metadata(tmp_path / "m.jsonl")
     assert "\n" not in str(refused.value)
+    (tmp_path / "m.jsonl").write_text(f"{good}\n")
+    assert geneval.read_metadata(tmp_path / "m.jsonl") == [json.loads(good)]
 
 
 def test_results_of_others_are_read(tmp_path):
     path = tmp_path / "results.jsonl"
     geneval.save_results(path, [record("position", 0, 0, True)])
     assert geneval.read_results(path) == [record("position", 0, 0, True)]
-    path.write_text('{"tag": "position", "correct": true}\n')
-    with pytest.raises(UserError, match="line 1: no 'filename'"):
-        geneval.read_results(path)
     path.write_text("")
     with pytest.raises(UserError, match="holds no results"):
         geneval.read_results(path)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"filename": None}, "has 'filename'"),
+        ({"correct": "false"}, "'correct' .true or false"),
+        ({"tag": "colours"}, "no task 'colours'"),
+        ({"metadata": {"tag": "position"}}, "must be JSON text"),
+        ({"details": "{'cat'"}, "must be JSON text"),
+        ({"metadata": bad_entry(include=["cat"])}, "metadata: a clause needs"),
+        ({"details": "[]"}, "must be boxes of classes"),
+        ({"details": '{"cat": [[0, 0, 1, 1]]}'}, "must be boxes of classes"),
+        ({"details": '{"cat": [[0, 0, 1, 1, "0.9"]]}'}, "must be boxes of classes"),
+        ({"details": '{"cat": 1}'}, "must be boxes of classes"),
+    ],
+)
+def test_a_bad_result_is_one_line(tmp_path, parts, said):
+    path = tmp_path / "results.jsonl"
+    geneval.save_results(path, [record("position", 0, 0, True), record("position", 0, 1, True) | parts])
+    with pytest.raises(UserError, match=f"results.jsonl, line 2: .*{said}") as refused:
+        geneval.read_results(path)
+    assert "\n" not in str(refused.value)
+
+
+# A line as the original writes it: boxes of every class, likeliest first.
+PUBLISHED = {
+    "filename": "images/00000/samples/0000.png",
+    "tag": "position",
+    "prompt": "a photo of a cat left of a dog",
+    "correct": True,
+    "reason": "",
+    "metadata": json.dumps({"tag": "position", "prompt": "", "include": [DOG, LEFT_CAT]}),
+    "details": json.dumps({"dog": [[50.0, 0.0, 60.0, 10.0, 0.99]], "cat": [[0, 0, 10, 10, 0.5], [90, 0, 99, 9, 0.4]]}),
+}
+
+
+def test_stored_boxes_are_judged_again():
+    assert geneval.verdict(PUBLISHED, Rules(0, 0)) is True
+    assert geneval.verdict(PUBLISHED, Rules(0.6, 0.6)) is False
+    swapped = PUBLISHED["details"].replace("dog", "x").replace("cat", "dog").replace("x", "cat")
+    assert geneval.verdict(PUBLISHED | {"details": swapped}, Rules(0, 0)) is False
+    colored = json.dumps({"tag": "colors", "prompt": "", "include": [RED_CAT]})
+    assert geneval.verdict(PUBLISHED | {"metadata": colored}, Rules(0, 0)) is None
+    assert geneval.verdict(record("position", 0, 0, True), Rules(0, 0)) is None
+
+
+def test_what_counted_is_in_the_record_and_gives_the_same_verdict(tmp_path):
+    """Every hand-made case, by the boxes in its results file."""
+
+    class Detector:
+        rules = GENEVAL
+
+        def detect(self, image, entry):
+            return CASES[entry["prompt"]][0]
+
+        def colors(self, image, group):
+            return told(group)
+
+    path, image = tmp_path / "results.jsonl", torch.zeros(3, 8, 8, dtype=torch.uint8)
+    entries = [
+        {"tag": tag, "prompt": case, "include": include, "exclude": exclude}
+        for case, (_, include, exclude, tag, _) in CASES.items()
+    ]
+    geneval.save_results(path, [geneval.judge(Detector(), image, entry, "0/samples/0.png") for entry in entries])
+    rows = {row["prompt"]: row for row in geneval.read_results(path)}
+    assert [*rows["too many"]] == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
+    assert json.loads(rows["too many"]["details"]) == {"cat": [[0, 0, 10, 10, 0.95]] * 3}
+    assert json.loads(rows["unsure do not exceed"]["details"]) == {"cat": [[0, 0, 10, 10, 0.95]] * 2}
+    assert json.loads(rows["just unsure"]["details"]) == {}
+    for case, row in rows.items():
+        of_color = any("color" in clause for clause in CASES[case][1])
+        assert geneval.verdict(row, Rules(0, 0)) is (None if of_color else row["correct"]), case
+
+
+def test_images_of_different_size_are_refused_and_damaged_ones_named(tmp_path):
+    keep(tmp_path, benchmark(1))
+    _, files = geneval.read_samples(tmp_path)
+    assert len(list(geneval.stored_samples(files))) == 12
+    odd = tmp_path / "00002/samples/0001.png"
+    Image.new("RGB", (8, 16)).save(odd)
+    with pytest.raises(UserError, match=r"00000/samples/0000.png has 8 x 8 px, .*00002/samples/0001.png has 8 x 16 px"):
+        list(geneval.stored_samples(files))
+    Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(odd)
+    with pytest.raises(UserError, match=r"0001.png has more than 8 bits"):
+        list(geneval.stored_samples(files))
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(200, 200, 3), dtype=np.uint8)).save(odd)
+    data = odd.read_bytes()
+    second = data.index(b"IDAT", data.index(b"IDAT") + 1)
+    odd.write_bytes(data[:second] + b"\0\1\2\3" + data[second + 4 :])
+    with pytest.raises(SyntaxError):
+        Image.open(odd).load()
+    with pytest.raises(UserError, match=r"cannot read .*0001.png: broken PNG file"):
+        list(geneval.stored_samples(files))
 
 
 # ---- learned detectors -----------------------------------------------------------------------------------------
@@ -404,6 +522,21 @@ def test_a_color_is_the_nearest_of_the_mean_sentences(folders):
             mean = torch.stack([feature / feature.norm() for feature in features]).mean(0)
             similarity[name] = (a @ mean / mean.norm()).item()
         assert max(similarity, key=similarity.get) == color
+
+
+def test_what_prepares_the_images_is_in_the_hash_and_where_it_lies_is_not(folders, tmp_path):
+    def identity(detector, clip):
+        return LearnedDetector(str(detector), str(clip)).identity
+
+    moved = [shutil.copytree(folders / name, tmp_path / name) for name in ("mask2former", "clip")]
+    assert identity(*moved) == (before := identity(folders / "mask2former", folders / "clip"))
+    for folder, file, key in zip(moved, ("preprocessor_config.json", "processor_config.json"), ("", "color_")):
+        text = (folder / file).read_text()
+        assert '"resample": ' in text
+        (folder / file).write_text(re.sub(r'"resample": \d', '"resample": 0', text))
+        after = identity(*moved)
+        assert after == before | {f"{key}sha256": after[f"{key}sha256"]} != before
+        before = after
 
 
 def test_phrases_stand_for_classes():

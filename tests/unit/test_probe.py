@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from tiny_models.models import component_of, make_tokenizer
 from vistok.checkpoint import export
@@ -107,6 +108,25 @@ def test_the_command_writes_accuracy_protocol_and_a_line_of_the_report(tmp_path,
     other = evaluate("probe", "--checkpoint", folder, "--data", "digits", "--pool", "flatten", "--out", tmp_path / "b")
     assert "features: 112 values" in other[1]  # 16 positions of 4 + 3 channels
     assert json.loads((tmp_path / "b" / "probe.json").read_text())["fingerprint"] != protocol.fingerprint
+
+
+def test_other_pixels_under_the_same_names_do_not_compare(tmp_path, evaluate):
+    folder, results = exported(tmp_path / "tokenizer", "tokenflow"), []
+    for name, changed in (("a", ""), ("b", "train"), ("c", "val")):
+        for split in ("train", "val"):
+            for number in range(4):
+                path = tmp_path / name / split / "xy"[number % 2] / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (16, 16), (60 * number, 0, 9 * (split == changed))).save(path)
+        words = ("probe", "--checkpoint", folder, "--data", tmp_path / name, "--out", tmp_path / name / "eval")
+        code, _, err = evaluate(*words)
+        assert code == 0, err
+        results.append(tmp_path / name / "eval/probe.json")
+    first, *others = results
+    for other, place in zip(others, ("reference", "data")):
+        code, _, err = evaluate("compare", first, other)
+        assert code == 2 and err.count(": ") == 2 and f"{place} / pixels_sha256" in err
+    assert "augmentation" not in load_result(first)[0].reference["data"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """DPG-Bench and GenAI-Bench: their files, their rules, the images of their prompts, and the judges."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from PIL import Image
 from tiny_models.judges import WORDS, save_judge
 from vistok.errors import UserError
 from vistok.eval import dpg, genai, vqa
-from vistok.eval.judges import VisionLanguageModel, load_judge
+from vistok.eval.judges import BlipVQA, VisionLanguageModel, load_judge
 from vistok.eval.vqa import Record
 
 HEADER = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,"
@@ -234,6 +235,9 @@ def test_a_grid_is_four_images(tmp_path):
     assert [tuple(images["unknown"][:, 3, 3].tolist()) for _, _, images in samples] == colors
     assert all(images["unknown"].shape == (3, 8, 8) for _, _, images in samples)
     assert len({name for _, name, _ in samples}) == 4
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    with pytest.raises(UserError, match=r"different size: .*hat.png has 16 x 16 px, .*small.png has 8 x 8 px"):
+        list(vqa.stored_samples([[tmp_path / "hat.png"], [tmp_path / "small.png"]]))
     ((_, _, whole),) = vqa.stored_samples([[tmp_path / "hat.png"]])
     assert whole["unknown"].shape == (3, 16, 16)
     with pytest.raises(UserError, match="no grid of 2 x 2 images of 4 px: it has 16 x 16 px"):
@@ -278,6 +282,15 @@ def test_a_judge_tells_probabilities_that_depend_on_image_and_question(judges, k
     assert judge.identity["name"] == kind and len(judge.identity["sha256"]) == 64
 
 
+def test_blip_answers_as_its_own_generation_does(judges):
+    judge = load_judge(str(judges["blip"]))
+    assert isinstance(judge, BlipVQA)
+    for question, answer in zip(QUESTIONS, judge(picture(0), QUESTIONS)):
+        inputs = judge.processor(images=picture(0), text=question, return_tensors="pt")
+        outputs = judge.model.generate(**inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+        torch.testing.assert_close(answer, outputs.logits[0][0].softmax(-1)[WORDS.index("yes")])
+
+
 def test_a_chatting_judge_is_asked_through_its_template(judges):
     """The answer is that of the model's own forward on ids that are put together by hand."""
     judge = load_judge(str(judges["llava"]))
@@ -303,9 +316,23 @@ def test_an_encoder_decoder_is_asked_for_its_first_word(judges):
     torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["blip", "llava"])
+def test_what_prepares_the_images_is_part_of_a_judge(judges, tmp_path, kind):
+    changed = shutil.copytree(judges[kind], tmp_path / kind)
+    one = load_judge(str(judges[kind]))
+    assert load_judge(str(changed)).identity == one.identity
+    text = (changed / "processor_config.json").read_text()
+    (changed / "processor_config.json").write_text(text.replace('"resample": 3', '"resample": 0'))
+    other = load_judge(str(changed))
+    assert (one(picture(0, 40), QUESTIONS) != other(picture(0, 40), QUESTIONS)).all()
+    assert other.identity["sha256"] != one.identity["sha256"]
+
+
 def test_judges_that_are_none(judges, tmp_path):
     with pytest.raises(UserError, match="--judge: no such folder"):
         load_judge(str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"--judge .* cannot be read"):
+        load_judge(str(tmp_path))
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="holds bert, which answers no questions about images"):

@@ -8,6 +8,7 @@ from vistok.cli import ArgumentParser, main
 from vistok.errors import UserError
 from vistok.eval.commands import (
     compare,
+    compbench,
     dpg,
     gallery,
     genai,
@@ -29,6 +30,7 @@ COMMANDS = (
     geneval,
     dpg,
     genai,
+    compbench,
     probe,
     compare,
     report,
@@ -36,7 +38,7 @@ COMMANDS = (
     train_features,
     train_teacher,
 )
-SHARED = (reconstruction, generation, reference, geneval, dpg, genai, probe)
+SHARED = (reconstruction, generation, reference, geneval, dpg, genai, compbench, probe)
 """Commands that several processes can share out."""
 
 

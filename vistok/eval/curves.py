@@ -6,8 +6,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from vistok.checkpoint import write_atomically
 from vistok.eval.protocol import of_figure
+from vistok.files import write_atomically
 
 
 def plot_losses(curves: dict[str, dict[str, tuple[list[float], list[float]]]], path: Path) -> None:

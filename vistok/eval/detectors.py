@@ -20,10 +20,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image, masks_to_boxes
 
-from vistok.checkpoint import module_hash
 from vistok.data.datamodule import PromptedDataset
 from vistok.errors import UserError
-from vistok.eval.pretrained import from_folder, load_pretrained, summary_of
+from vistok.eval.pretrained import from_folder, load_pretrained, summary_of, whole_hash
 from vistok.geneval_rules import Box, Detection, Entry, Rules
 from vistok.pictures import to_pil
 
@@ -135,11 +134,12 @@ class LearnedDetector:
         # Classes of COCO that the training images do not have are called N/A.
         self.names = {index: GENEVAL_NAMES.get(name, name) for index, name in self.model.config.id2label.items()}
         self.classes = None if find == self._named else set(self.names.values())
-        self.identity = {"name": Path(source).name, "sha256": module_hash(self.model)}
+        self.identity = {"name": Path(source).name, "sha256": whole_hash(self.model, self.processor)}
         self.clip: ColorNamer | None = None
         if color_model is not None:
             self.clip = ColorNamer(color_model, device)
-            self.identity |= {"color_model": Path(color_model).name, "color_sha256": module_hash(self.clip.model)}
+            color_hash = whole_hash(self.clip.model, self.clip.processor)
+            self.identity |= {"color_model": Path(color_model).name, "color_sha256": color_hash}
 
     @torch.no_grad()
     def detect(self, image: UInt8[Tensor, "3 H W"], entry: Entry) -> list[Detection]:

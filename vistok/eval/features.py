@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d, FeatureExtractorInceptionV3
 
-from vistok.checkpoint import load_strictly, load_weights
 from vistok.errors import UserError
+from vistok.files import load_weights
+from vistok.key_maps import load_strictly
 
 # TensorFloat-32, which cuDNN uses unless told otherwise, moves FID in its third digit.
 _without_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)

@@ -123,7 +123,6 @@ def metric_name(metric: str, network: FeatureNetwork, count: int) -> str:
 
 def fid_notes(network: FeatureNetwork, count: int, reference_count: int | None) -> list[str]:
     """What a reader must know before comparing the number with another; the reference's count may be unknown."""
-    smaller = count if reference_count is None else min(count, reference_count)
     notes = []
     if count < FIELD_COUNT:
         against = "a reference of unknown size" if reference_count is None else str(reference_count)
@@ -131,12 +130,17 @@ def fid_notes(network: FeatureNetwork, count: int, reference_count: int | None) 
             f"FID falls as the number of images grows: N={count} against {against} does not compare with "
             f"published numbers (N={FIELD_COUNT})."
         )
-    if smaller <= network.num_features:
-        notes.append(
-            f"{smaller} images cannot fill a covariance of {network.num_features} features, at least "
-            f"{network.num_features + 1} are needed: this FID says little even among equals."
-        )
-    return notes
+    return notes + rank_notes(network, count if reference_count is None else min(count, reference_count))
+
+
+def rank_notes(network: FeatureNetwork, count: int) -> list[str]:
+    """What must be known about a set, of samples or a reference, of fewer images than the network has features."""
+    if count > network.num_features:
+        return []
+    return [
+        f"{count} images cannot fill a covariance of {network.num_features} features, at least "
+        f"{network.num_features + 1} are needed: an FID with so few says little even among equals."
+    ]
 
 
 def check_finite(name: str, gaussian: Gaussian) -> Gaussian:

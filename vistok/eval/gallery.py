@@ -17,13 +17,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from vistok.checkpoint import write_text
 from vistok.errors import UserError
+from vistok.eval.images import open_rgb
 from vistok.eval.protocol import EvalProtocol, number, of_figure
 from vistok.eval.reconstruction import strips_of
 from vistok.eval.report import PARTS, Result, conditions, read_losses, read_results
+from vistok.files import write_text
 
 SERIES = ("tokens", "steps")
 PLACE = "{{data}}"
@@ -91,13 +90,9 @@ def _picture(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         warnings.warn(f"{path} is missing: the page goes without it", stacklevel=2)
         return None
-    try:
-        with Image.open(path) as image:
-            image.load()
-            width, height = image.size
-    except (OSError, SyntaxError) as error:  # as PIL calls a broken PNG
-        raise UserError(f"{path} is no whole picture: {error}") from None
-    address = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    data = path.read_bytes()
+    width, height = open_rgb(data, str(path)).size
+    address = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     return {"source": address, "width": width, "height": height}
 
 

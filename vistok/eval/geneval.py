@@ -10,24 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from vistok.checkpoint import write_text
 from vistok.data.datamodule import Dataset
 from vistok.errors import UserError, first_line
 from vistok.eval.detectors import Detector
+from vistok.eval.images import stored_images
 from vistok.eval.processes import groups_of_all, own_share
-from vistok.geneval_rules import RELATIONS, TASKS, Entry, faults, spread
+from vistok.files import write_text
+from vistok.geneval_rules import RELATIONS, TASKS, Detection, Entry, Rules, counted, faults, spread
 from vistok.interfaces import Generator, SampleOptions, Tokenizer
 from vistok.pictures import labelled_grid, save_png, to_pil, to_uint8
 from vistok.pipeline import Prompts, sample_prefixes
@@ -41,7 +41,10 @@ _SHOWN_PER_TASK = 3
 _MOST_CELL_PX = 160
 
 Record = dict[str, Any]
-"""One image as the original's results have it: ``filename, tag, prompt, correct, reason, metadata`` (JSON text)."""
+"""One image as the original's results have it: ``filename, tag, prompt, correct, reason, metadata, details``.
+
+The last two are JSON text: the entry, and ``{class: [[left, top, right, bottom, score], ...]}`` of what counts.
+"""
 
 Sample = tuple[int, str, dict[str, UInt8[Tensor, "3 H W"]]]
 """Number of its prompt, file name, and an image in each series (such as: decoded from 4 tokens, from 16)."""
@@ -51,6 +54,8 @@ def judge(detector: Detector, image: UInt8[Tensor, "3 H W"], entry: Entry, filen
     """Whether ``image`` is right, and why not."""
     found = detector.detect(image, entry)
     lines = faults(found, entry, detector.rules, lambda group: detector.colors(image, group))
+    objects = counted(found, entry["tag"], detector.rules)
+    boxes = {name: [[*map(float, (*one.box, one.score))] for one in group] for name, group in objects.items() if group}
     return {
         "filename": filename,
         "tag": entry["tag"],
@@ -58,7 +63,22 @@ def judge(detector: Detector, image: UInt8[Tensor, "3 H W"], entry: Entry, filen
         "correct": not lines,
         "reason": "; ".join(lines),
         "metadata": json.dumps(entry),
+        "details": json.dumps(boxes),
     }
+
+
+def verdict(record: Record, rules: Rules) -> bool | None:
+    """Whether an image is right by its boxes in a record; None if there are none, or for a colour, which no box tells.
+
+    Args:
+        record: of :func:`read_results`.
+        rules: the boxes are those that counted when the record was made; other rules may leave out more of them.
+    """
+    entry, boxes = _json_of(record, "metadata"), _json_of(record, "details")
+    if entry is None or boxes is None or any("color" in clause for clause in entry["include"]):
+        return None
+    found = [Detection(name, score, tuple(box)) for name, rows in boxes.items() for *box, score in rows]
+    return not faults(found, entry, rules, lambda group: [])
 
 
 @dataclass(frozen=True)
@@ -66,26 +86,31 @@ class Benchmark:
     """Prompts, and who judges their images.
 
     Args:
-        entries: the prompts.
+        entries: the prompts, by their number.
         detector: finds objects; None where images are only made.
         data: where the prompts come from.
         world: data set that the prompts come from, if one does.
+        said: lines about the detector for whoever reads the scores, by name.
     """
 
-    entries: list[Entry]
+    entries: dict[int, Entry]
     detector: Detector | None
     data: dict[str, Any]
     world: Dataset | None = None
+    said: dict[str, str] = field(default_factory=dict)
 
     @property
     def description(self) -> dict[str, Any]:
         """What identifies the prompts."""
-        digest = hashlib.sha256(json.dumps(self.entries).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([*self.entries.values()]).encode()).hexdigest()
         return self.data | {"prompts": len(self.entries), "prompts_sha256": digest[:12]}
 
 
 def measure_geneval(
-    detector: Detector, entries: list[Entry], samples: Iterable[Sample], progress: Callable[[int], None] | None = None
+    detector: Detector,
+    entries: dict[int, Entry],
+    samples: Iterable[Sample],
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, list[Record]], Image.Image]:
     """Judge every image, and show some.
 
@@ -93,7 +118,7 @@ def measure_geneval(
 
     Args:
         detector: finds objects.
-        entries: the prompts.
+        entries: the prompts, by their number.
         samples: of each prompt in turn, at least one.
         progress: called with the number of samples judged since the last call.
 
@@ -101,7 +126,7 @@ def measure_geneval(
         Records of each series of images, and :func:`picture` of the last series.
     """
     records: dict[str, list[Record]] = {}
-    shown: dict[int, list[tuple[Record, Tensor]]] = {place: [] for place in some_of_each(entries, _SHOWN_PER_TASK)}
+    shown: dict[int, list[tuple[Record, Tensor]]] = {number: [] for number in some_of_each(entries, _SHOWN_PER_TASK)}
     for number, filename, images in samples:
         for series, image in images.items():
             record = judge(detector, image, entries[number], filename)
@@ -113,21 +138,34 @@ def measure_geneval(
     return groups_of_all(records), picture(list(groups_of_all(shown).values()))
 
 
+def tally(records: list[Record]) -> dict[str, float]:
+    """``{"prompts", "images", "images_right", "prompts_right"}``; prompts are told apart by folders."""
+    prompts: dict[Path, list[bool]] = {}
+    for record in records:
+        prompts.setdefault(Path(record["filename"]).parent, []).append(record["correct"])
+    return {
+        "prompts": len(prompts),
+        "images": len(records),
+        "images_right": sum(record["correct"] for record in records) / len(records),
+        "prompts_right": sum(map(any, prompts.values())) / len(prompts),
+    }
+
+
 def by_task(records: list[Record]) -> dict[str, dict[str, float]]:
-    """``{"prompts", "images", "images_right", "prompts_right"}`` of each task; prompts are told apart by folders."""
-    tasks: dict[str, dict[str, float]] = {}
-    for tag in sorted({record["tag"] for record in records}, key=[*TASKS].index):
-        of_task = [record for record in records if record["tag"] == tag]
-        prompts: dict[Path, list[bool]] = {}
-        for record in of_task:
-            prompts.setdefault(Path(record["filename"]).parent, []).append(record["correct"])
-        tasks[tag] = {
-            "prompts": len(prompts),
-            "images": len(of_task),
-            "images_right": sum(record["correct"] for record in of_task) / len(of_task),
-            "prompts_right": sum(map(any, prompts.values())) / len(prompts),
-        }
-    return tasks
+    """The :func:`tally` of each task that there are images of."""
+    tasks = {tag: [record for record in records if record["tag"] == tag] for tag in TASKS}
+    return {tag: tally(of_task) for tag, of_task in tasks.items() if of_task}
+
+
+def shortfall(records: list[Record]) -> str:
+    """What the records lack of the whole benchmark, in a line; empty if nothing."""
+    tasks, prompts = len(by_task(records)), tally(records)["prompts"]
+    if tasks == len(TASKS) and prompts >= sum(TASKS.values()):
+        return ""
+    return (
+        f"{tasks} of {len(TASKS)} tasks and {prompts} of {sum(TASKS.values())} prompts were scored: "
+        "this is no score of the whole benchmark"
+    )
 
 
 def scores(records: list[Record]) -> dict[str, float]:
@@ -146,11 +184,12 @@ def generated_samples(
     seed: int,
     batch_size: int,
     decode_options: dict[str, Any],
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[Sample]:
     """Sample an image for each of ``prompts``, which name each prompt ``per_prompt`` times; a series for each length.
 
-    Image ``i`` of all depends on ``seed`` and ``i`` alone. One batch is in memory at a time. Of several processes each
-    samples its share.
+    Prompts are numbered in order, or by ``numbers``, one for each. Image ``i`` of all depends on ``seed`` and ``i``
+    alone. One batch is in memory at a time. Of several processes each samples its share.
     """
     for first in own_share(range(0, len(prompts), batch_size)):
         rows = prompts[first : first + batch_size]
@@ -159,28 +198,29 @@ def generated_samples(
         )
         for row in range(len(rows)):
             images = {str(length): series[row] for length, series in decoded.items()}
-            number, index = divmod(first + row, per_prompt)
+            place, index = divmod(first + row, per_prompt)
+            number = numbers[place] if numbers else place
             yield number, sample_name(number, index), images
 
 
-def real_samples(dataset: Dataset, prompts: int, per_prompt: int) -> Iterator[Sample]:
+def real_samples(dataset: Dataset, numbers: Sequence[int], per_prompt: int) -> Iterator[Sample]:
     """Images of ``dataset`` in order, which know nothing of the prompts that they stand for: what chance gives.
 
     Of several processes each gets its share.
     """
-    for place in own_share(range(prompts * per_prompt)):
-        number, index = divmod(place, per_prompt)
+    for place in own_share(range(len(numbers) * per_prompt)):
+        prompt, index = divmod(place, per_prompt)
         image = to_uint8(dataset.get(place % len(dataset))["image"])
-        yield number, sample_name(number, index), {"real": image}
+        yield numbers[prompt], sample_name(numbers[prompt], index), {"real": image}
 
 
-def stored_samples(files: list[list[Path]]) -> Iterator[Sample]:
-    """The image files of each prompt; of several processes, the share of this one."""
-    for number, file in own_share([(number, file) for number, of_prompt in enumerate(files) for file in of_prompt]):
-        yield number, str(file), {"unknown": read_image(file)}
+def stored_samples(files: dict[int, list[Path]]) -> Iterator[Sample]:
+    """The image files of each prompt, by :func:`~vistok.eval.images.stored_images`."""
+    for number, file, image in stored_images(files):
+        yield number, str(file), {"unknown": image}
 
 
-def kept_samples(samples: Iterable[Sample], folder: Path, entries: list[Entry]) -> Iterator[Sample]:
+def kept_samples(samples: Iterable[Sample], folder: Path, entries: dict[int, Entry]) -> Iterator[Sample]:
     """``samples``, of which the last series is written to ``folder`` as the original's evaluator reads it."""
     for number, name, images in samples:
         *_, image = images.values()
@@ -190,12 +230,12 @@ def kept_samples(samples: Iterable[Sample], folder: Path, entries: list[Entry]) 
         yield number, name, images
 
 
-def some_of_each(entries: list[Entry], most: int) -> list[int]:
-    """Places of at most ``most`` entries of each task, evenly spaced, in order."""
+def some_of_each(entries: dict[int, Entry], most: int) -> dict[int, Entry]:
+    """At most ``most`` entries of each task, evenly spaced, in order and with the numbers that they have."""
     tasks: dict[str, list[int]] = {}
-    for place, entry in enumerate(entries):
-        tasks.setdefault(entry["tag"], []).append(place)
-    return sorted(place for places in tasks.values() for place in spread(places, min(most, len(places))))
+    for number, entry in entries.items():
+        tasks.setdefault(entry["tag"], []).append(number)
+    return {n: entries[n] for n in sorted(n for of in tasks.values() for n in spread(of, min(most, len(of))))}
 
 
 def picture(rows: list[list[tuple[Record, UInt8[Tensor, "3 H W"]]]]) -> Image.Image:
@@ -227,13 +267,7 @@ def read_metadata(path: Path) -> list[Entry]:
     Raises:
         UserError: if the file is missing or a line is no entry.
     """
-    entries = _read_lines(path)
-    if not entries:
-        raise UserError(f"{path} holds no prompts")
-    for number, entry in enumerate(entries, start=1):
-        if trouble := _trouble(entry):
-            raise UserError(f"{path}, line {number}: {trouble}")
-    return entries
+    return _read_lines(path, "prompts", _trouble)
 
 
 def read_results(path: Path) -> list[Record]:
@@ -242,15 +276,7 @@ def read_results(path: Path) -> list[Record]:
     Raises:
         UserError: if the file is missing or a line is no result.
     """
-    records = _read_lines(path)
-    if not records:
-        raise UserError(f"{path} holds no results")
-    for number, record in enumerate(records, start=1):
-        if missing := [key for key in ("filename", "tag", "correct") if key not in record]:
-            raise UserError(f"{path}, line {number}: no {missing[0]!r}: that is no result of GenEval")
-        if record["tag"] not in TASKS:
-            raise UserError(f"{path}, line {number}: no task {record['tag']!r} (valid: {', '.join(TASKS)})")
-    return records
+    return _read_lines(path, "results", _trouble_of_result)
 
 
 def save_results(path: Path, records: list[Record]) -> None:
@@ -263,8 +289,29 @@ def sample_name(number: int, index: int) -> str:
     return f"{number:05d}/samples/{index:04d}.png"
 
 
-def read_samples(folder: Path, entries: list[Entry] | None = None) -> tuple[list[Entry], list[list[Path]]]:
-    """The entry and the image files of each prompt of a folder of samples.
+def find_samples(folder: Path) -> dict[int, list[Path]]:
+    """The image files of each prompt of a folder of samples, by its number; none where its metadata are missing.
+
+    Raises:
+        UserError: if there are no images at all.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}")
+    files: dict[int, list[Path]] = {}
+    folders = [path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()]
+    for path in sorted(folders, key=lambda path: int(path.name)):
+        images = [file for file in (path / "samples").glob("*.png") if re.fullmatch(r"\d+", file.stem)]
+        of_prompt = sorted(images, key=lambda file: int(file.stem))
+        files[int(path.name)] = of_prompt if (path / METADATA).is_file() else []
+    if not any(files.values()):
+        raise UserError(f"{folder} holds no images of prompts, such as 00000/samples/0000.png beside 00000/{METADATA}")
+    return files
+
+
+def read_samples(
+    folder: Path, entries: dict[int, Entry] | None = None
+) -> tuple[dict[int, Entry], dict[int, list[Path]]]:
+    """The entry and the image files of each prompt of a folder of samples, by its number.
 
     Args:
         folder: of :func:`kept_samples`, or of any sampler that keeps to the original's layout.
@@ -273,68 +320,96 @@ def read_samples(folder: Path, entries: list[Entry] | None = None) -> tuple[list
     Raises:
         UserError: if a prompt has no images, or is not the one that ``entries`` names.
     """
-    if not folder.is_dir():
-        raise UserError(f"no such folder: {folder}")
-    folders = {int(path.name): path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()}
-    files = {
-        number: sorted(
-            (file for file in (path / "samples").glob("*.png") if re.fullmatch(r"\d+", file.stem)),
-            key=lambda file: int(file.stem),
-        )
-        for number, path in folders.items()
-        if (path / METADATA).is_file()
-    }
-    wanted = range(len(entries) if entries is not None else max(folders, default=0) + 1)
+    files = find_samples(folder)
+    wanted = range(max(files) + 1) if entries is None else list(entries)
     if missing := [number for number in wanted if not files.get(number)]:
         few = ", ".join(f"{number:05d}" for number in missing[:5]) + ", ..." * (len(missing) > 5)
         raise UserError(
             f"{folder} lacks the images of {len(missing)} of {len(wanted)} prompts: {few} "
-            f"(each is a folder with {METADATA} and samples/0000.png ...)"
+            f"(each is a folder with {METADATA} and samples/0000.png ...; some of each task were made with "
+            "--most-per-task: give it and the prompts again)"
         )
-    found = [read_metadata(folders[number] / METADATA)[0] for number in wanted]
-    for number, (entry, want) in enumerate(zip(found, entries or found)):
-        if entry != want:
-            raise UserError(f"{folders[number]} was made for {entry['prompt']!r}, not for {want['prompt']!r}")
-    return found, [files[number] for number in wanted]
+    folders = {number: files[number][0].parents[1] for number in wanted}
+    found = {number: read_metadata(path / METADATA)[0] for number, path in folders.items()}
+    for number, want in (entries or {}).items():
+        if found[number] != want:
+            raise UserError(f"{folders[number]} was made for {found[number]['prompt']!r}, not for {want['prompt']!r}")
+    return found, {number: files[number] for number in wanted}
 
 
-def read_image(path: Path) -> UInt8[Tensor, "3 H W"]:
-    """An image file.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
+def _read_lines(path: Path, what: str, trouble: Callable[[dict[str, Any]], str]) -> list[dict[str, Any]]:
+    """The JSON object in each line, of which none has ``trouble``; ``what`` names them in messages."""
     try:
-        with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {first_line(error)}") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: no JSON: {error}") from None
+        if said := trouble(found[-1]) if isinstance(found[-1], dict) else "no JSON object":
+            raise UserError(f"{path}, line {number}: {said}")
+    if not found:
+        raise UserError(f"{path} holds no {what}")
+    return found
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not one JSON object in each line: {error}") from None
-    if not all(isinstance(line, dict) for line in lines):
-        raise UserError(f"{path} is not one JSON object in each line")
-    return lines
-
-
-def _trouble(entry: Entry) -> str:
+def _trouble(entry: Any) -> str:
     """Why ``entry`` is none; empty if it is one."""
-    for key, kind in (("tag", str), ("prompt", str), ("include", list)):
-        if not isinstance(entry.get(key), kind):
-            return f"no {key!r} ({kind.__name__})"
-    if entry["tag"] not in TASKS:
-        return f"no task {entry['tag']!r} (valid: {', '.join(TASKS)})"
-    for place, clause in enumerate(entry["include"] + entry.get("exclude", [])):
-        if not isinstance(clause.get("class"), str) or not isinstance(clause.get("count"), int):
-            return f"a clause needs a class and a count, got {clause}"
-        if "position" in clause:
-            relation, target = clause["position"]
-            if relation not in RELATIONS or not 0 <= target < place:
-                return f"position must be one of {', '.join(RELATIONS)} to an earlier clause, got {clause['position']}"
+    match entry:
+        case {"tag": str(tag)} if tag not in TASKS:
+            return f"no task {tag!r} (valid: {', '.join(TASKS)})"
+        case {"tag": str(), "prompt": str(), "include": [*clauses]} if isinstance(entry.get("exclude", []), list):
+            clauses += entry.get("exclude", [])
+        case _:
+            return "needed are 'tag' and 'prompt' (text), 'include' and, if there, 'exclude' (lists)"
+    for place, clause in enumerate(clauses):
+        match clause:
+            case {"color": color} if not isinstance(color, str):
+                return f"a color is text, got {color}"
+            case {"class": str(), "count": int(count)} if count > 0:
+                pass
+            case _:
+                return f"a clause needs a class and a count, got {clause}"
+        match clause:
+            case {"position": [str(relation), int(target)]} if relation in RELATIONS and 0 <= target < place:
+                pass
+            case {"position": other}:
+                return f"position must be one of {', '.join(RELATIONS)} to an earlier clause, got {other}"
     return ""
+
+
+def _trouble_of_result(record: Any) -> str:
+    """Why ``record`` is none; empty if it is one."""
+    match record:
+        case {"tag": str(tag)} if tag not in TASKS:
+            return f"no task {tag!r} (valid: {', '.join(TASKS)})"
+        case {"filename": str(), "tag": str(), "correct": bool()}:
+            pass
+        case _:
+            return "a result of GenEval has 'filename' and 'tag' (text) and 'correct' (true or false)"
+    try:
+        entry, boxes = (_json_of(record, key) for key in ("metadata", "details"))
+    except (TypeError, ValueError):
+        return "'metadata' and 'details' must be JSON text"
+    if entry is not None and (said := _trouble(entry)):
+        return f"metadata: {said}"
+    match boxes:
+        case None:
+            return ""
+        case dict() if all(isinstance(rows, list) and all(map(_is_box, rows)) for rows in boxes.values()):
+            return ""
+    return "'details' must be boxes of classes, {class: [[left, top, right, bottom, score], ...]}"
+
+
+def _is_box(row: Any) -> bool:
+    return isinstance(row, list) and len(row) == 5 and all(isinstance(value, int | float) for value in row)
+
+
+def _json_of(record: Record, key: str) -> Any:
+    """What the JSON text ``key`` of a record says; None if there is none."""
+    return json.loads(record[key]) if key in record else None

@@ -6,7 +6,8 @@ import hashlib
 import io
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from vistok.data.images import ImageDataset, Record
 from vistok.data.transforms import center_crop, to_tensor
 from vistok.errors import UserError
 from vistok.eval.processes import of_all, own_share
-from vistok.pictures import to_uint8
+from vistok.pictures import to_pil, to_uint8
 
 NPZ_IMAGES = "arr_0"
 GRAY = ("1", "L", "LA")
@@ -33,7 +34,12 @@ Batch = tuple[UInt8[Tensor, "B 3 H W"], Int[Tensor, " B"], Int[Tensor, " B"]]
 
 
 def image_batches(
-    dataset: Dataset, batch_size: int, workers: int = 0, count: int | None = None, whole: bool = False
+    dataset: Dataset,
+    batch_size: int,
+    workers: int = 0,
+    count: int | None = None,
+    whole: bool = False,
+    pixels: PixelHash | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Images of a data set in order, without augmentation, leaving out unreadable ones that it skips.
 
@@ -45,6 +51,7 @@ def image_batches(
         workers: loader processes.
         count: take the first so many; None takes all.
         whole: all of these in every process.
+        pixels: gets them too.
 
     Yields:
         ``{"image": float32 (B, 3, H, W) in [-1, 1], "label": int64 (B,), "position": int64 (B,)}``; where nothing is
@@ -64,15 +71,27 @@ def image_batches(
                 seen.add(key)
                 rows.append(row)
         if rows:
+            if pixels:
+                pixels.update(to_uint8(batch["image"][rows]))
             yield {name: batch[name][rows] for name in ("image", "label", "position")}
 
 
 def uint8_batches(
-    dataset: Dataset, batch_size: int, workers: int = 0, count: int | None = None, whole: bool = False
+    dataset: Dataset,
+    batch_size: int,
+    workers: int = 0,
+    count: int | None = None,
+    whole: bool = False,
+    pixels: PixelHash | None = None,
 ) -> Iterator[Batch]:
     """Images as metrics see them, their labels and their positions; the rest as :func:`image_batches`."""
-    for batch in image_batches(dataset, batch_size, workers, count, whole):
+    for batch in image_batches(dataset, batch_size, workers, count, whole, pixels):
         yield to_uint8(batch["image"]), batch["label"], batch["position"]
+
+
+def unaugmented(dataset: Dataset) -> dict[str, Any]:
+    """What a data set says about itself, for images that are read as above: not how training would move them."""
+    return {name: value for name, value in dataset.description.items() if name != "augmentation"}
 
 
 class PixelHash:
@@ -88,6 +107,70 @@ class PixelHash:
     def hexdigest(self) -> str:
         """SHA-256 of the SHA-256 of each image, of all processes."""
         return hashlib.sha256(b"".join(of_all(b"".join(self._digests)))).hexdigest()
+
+    def reference(self, images: str) -> dict[str, Any]:
+        """What :class:`~vistok.eval.protocol.EvalProtocol` says about a reference of these: ``images`` is what."""
+        return {"images": images, "count": sum(of_all(len(self._digests))), "pixels_sha256": self.hexdigest()}
+
+
+def crop(images: UInt8[Tensor, "B 3 H W"], size_px: int) -> UInt8[Tensor, "B 3 size_px size_px"]:
+    """Images as ADM crops and resizes them; samples, which are square, are only resized."""
+    return torch.stack([to_uint8(to_tensor(center_crop(to_pil(image), size_px))) for image in images])
+
+
+def open_rgb(data: bytes, source: str) -> Image.Image:
+    """An encoded image as RGB.
+
+    Args:
+        data: its file.
+        source: where that lies, for messages.
+
+    Raises:
+        UserError: if it is corrupt or has more than 8 bits a channel.
+    """
+    with _reading(source), Image.open(io.BytesIO(data)) as image:
+        if image.mode.startswith(("I", "F")):
+            raise UserError(f"{source} has more than 8 bits a channel: convert it first")
+        if image.mode in GRAY:
+            warnings.warn(GRAY_NOTE, stacklevel=2)
+        return image.convert("RGB")
+
+
+def read_rgb(file: Path) -> UInt8[Tensor, "3 H W"]:
+    """An image file, by :func:`open_rgb`; UserError also if it is not there."""
+    with _reading(str(file)):
+        data = file.read_bytes()
+    return torch.from_numpy(np.array(open_rgb(data, str(file)))).permute(2, 0, 1)
+
+
+def stored_images(files: Mapping[int, Sequence[Path]]) -> Iterator[tuple[int, Path, UInt8[Tensor, "3 H W"]]]:
+    """Image files of prompts, each with the number of its prompt; of several processes, the share of this one.
+
+    Raises:
+        UserError: if one cannot be read or has another size than the first.
+    """
+    pairs = [(number, file) for number, of_prompt in files.items() for file in of_prompt]
+    _, first = pairs[0]
+    size = read_rgb(first).shape[:0:-1]
+    for number, file in own_share(pairs):
+        image = read_rgb(file)
+        if image.shape[:0:-1] != size:
+            raise UserError(
+                f"images of different size: {first} has {_pixels(size)}, {file} has {_pixels(image.shape[:0:-1])}"
+            )
+        yield number, file, image
+
+
+@contextmanager
+def _reading(source: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        # Pillow's message names the buffer's address in memory.
+        what = "not an image" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"cannot read {source}: {what}; mend or remove it") from None
 
 
 class StoredImages:
@@ -130,19 +213,9 @@ class StoredImages:
         return {"image": to_tensor(image), "label": record.label, "text": record.text, "key": record.key}
 
     def _read(self, index: int) -> tuple[Image.Image, Record]:
-        source = self.images.source(index)
-        try:
+        with _reading(source := self.images.source(index)):
             record = self.images.record(index)
-            with Image.open(io.BytesIO(record.data)) as image:
-                if image.mode.startswith(("I", "F")):
-                    raise UserError(f"{source} has more than 8 bits a channel: convert it first")
-                if image.mode in GRAY:
-                    warnings.warn(GRAY_NOTE, stacklevel=2)
-                return image.convert("RGB"), record
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            # Pillow's message names the buffer's address in memory.
-            what = "not an image" if isinstance(error, UnidentifiedImageError) else error
-            raise UserError(f"cannot read {source}: {what}; mend or remove it") from None
+        return open_rgb(record.data, source), record
 
 
 class NpzImages:

@@ -1,6 +1,7 @@
 """Who answers questions about an image with yes or no: models of ``transformers``, from a folder or the hub.
 
-DPG-Bench was published with mPLUG-large and GenAI-Bench with CLIP-FlanT5-XXL, neither of which ``transformers`` has.
+DPG-Bench was published with mPLUG-large and GenAI-Bench with CLIP-FlanT5-XXL, neither of which ``transformers`` has;
+T2I-CompBench with BLIP-VQA, which it has.
 Scores of two judges do not compare, which is why every result names its judge.
 """
 
@@ -15,9 +16,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from vistok.checkpoint import module_hash
 from vistok.errors import UserError
-from vistok.eval.pretrained import from_folder, load_pretrained
+from vistok.eval.pretrained import from_folder, load_pretrained, whole_hash
 
 INSTRUCTION = "Please answer yes or no."
 """What models that would rather chat are told after every question; GenAI-Bench's own words."""
@@ -73,13 +73,14 @@ class BlipVQA:
         UserError: if the files are missing or are no BLIP for question answering.
     """
 
-    def __init__(self, source: str = "Salesforce/blip-vqa-base", device: torch.device | str = "cpu") -> None:
+    def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
         from transformers import BlipForQuestionAnswering, BlipProcessor
 
         self.model = load_pretrained(BlipForQuestionAnswering, source, "--judge", device)
         self.processor = from_folder(BlipProcessor, source, "--judge")
         self._yes = _tokens_of(self.processor.tokenizer, source, "yes")
-        self.identity = {"name": Path(source).name, "sha256": module_hash(self.model), "asked": "{question}"}
+        digest = whole_hash(self.model, self.processor)
+        self.identity = {"name": Path(source).name, "sha256": digest, "asked": "{question}"}
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, questions: Sequence[str]) -> Float[Tensor, " Q"]:
@@ -123,7 +124,8 @@ class VisionLanguageModel:
             raise UserError(f"--judge {source}: a {family} is asked through its chat template, which is missing")
         self._yes = _tokens_of(self.processor.tokenizer, source, "yes", "Yes")
         asked: str = self._chat("{question}", tokenize=False) if self._chats else self._plain("{question}")
-        self.identity = {"name": Path(source).name, "sha256": module_hash(self.model), "asked": asked}
+        digest = whole_hash(self.model, self.processor)
+        self.identity = {"name": Path(source).name, "sha256": digest, "asked": asked}
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, questions: Sequence[str]) -> Float[Tensor, " Q"]:

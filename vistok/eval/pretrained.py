@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from vistok.checkpoint import module_hash
 from vistok.errors import UserError, first_line
+from vistok.key_maps import is_repository
+
+_NOT_HASHED = {"image_processor_type", "processor_class", "transformers_version", "auto_map"}
 
 
 def load_pretrained(kind: Any, source: str, flag: str, device: torch.device | str) -> Any:
@@ -45,7 +50,7 @@ def from_folder(kind: Any, source: str, flag: str, **options: Any) -> Any:
         "or OWNER/REPOSITORY of the Hugging Face hub)"
     )
     path = Path(source)
-    if not path.is_dir() and (path.is_absolute() or len(path.parts) != 2):
+    if not path.is_dir() and not is_repository(path):
         raise UserError(f"{flag}: no such folder: {source} {needed}")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -53,6 +58,14 @@ def from_folder(kind: Any, source: str, flag: str, **options: Any) -> Any:
         return kind.from_pretrained(source, local_files_only=path.is_dir(), **options)
     except Exception as error:  # transformers raises whatever its parsers and its transport do
         raise UserError(f"{flag} {source} cannot be read: {first_line(error)} {needed}") from None
+
+
+def whole_hash(model: nn.Module, processor: Any) -> str:
+    """SHA-256 of a model's weights and of what its processor makes of an image before: size, filter, mean and so on."""
+    prepared = json.loads(getattr(processor, "image_processor", processor).to_json_string())
+    # Without what changes with the version of transformers or the place of the files.
+    kept = {name: prepared[name] for name in prepared.keys() - _NOT_HASHED if not name.startswith("_")}
+    return module_hash(model, kept)
 
 
 def summary_of(output: Any) -> Float[Tensor, "B D"]:

@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vistok.checkpoint import write_text
 from vistok.errors import UserError
+from vistok.files import write_text
 
 _NOT_IN_FINGERPRINT = ("models",)
+_PIXELS = "pixels_sha256"
 
 
 @dataclass(frozen=True)
@@ -24,20 +25,21 @@ class EvalProtocol:
     """The conditions of one evaluation, as plain JSON values.
 
     Args:
-        task: "reconstruction", "generation", "geneval", "dpg", "genai" or "probe".
+        task: "reconstruction", "generation", "geneval", "dpg", "genai", "compbench", "object-binding" or "probe".
         data: the dataset's own ``description``: which images, and the rule (such as "adm_center_crop") that says how
             they are cropped, with which filter they are resized.
         split: of the images reconstructed ("all" if none were held out), or held out when copies are counted.
         count: images reconstructed or sampled.
-        image_size_px: side of the images that the metrics see.
+        image_size_px: side of the images that the metrics see; 0 where only verdicts on them are known.
         quantised: metrics see uint8 images, rounded.
         weights: "ema" or "raw", for each component that took part.
         settings: decode options, and sampling options or prefix lengths; of a probe, options of the features.
         seed: names the decoder's and the generator's noise.
         features: ``{"name", "sha256", "resize", "dtype"}`` of the feature network, or what identifies a
             detector or judge; empty without one. ``resize`` is how the network brings images to its own size.
-        reference: what distribution metrics compare with, or a probe was fitted to: ``{"images", "count", ...}`` with
-            the SHA-256 of its pixels, or that of a file of statistics.
+        reference: what distribution metrics compare with, or a probe was fitted to: ``{"images", "count",
+            "pixels_sha256", ...}``, of which the count and the pixels are in the fingerprint and the rest is not: the
+            same pixels may come from anywhere. Or ``{"images", "file_sha256"}`` of a file of statistics.
         definitions: which variant of each metric was computed.
         models: export hashes of the components that were measured. Not in the fingerprint: two models under one
             protocol compare.
@@ -59,7 +61,7 @@ class EvalProtocol:
 
     @property
     def fingerprint(self) -> str:
-        """12 hex digits of the SHA-256 of the canonical JSON of every field but ``models``."""
+        """12 hex digits of the SHA-256 of the canonical JSON of all that two results must share, see above."""
         canonical = json.dumps(self._covered(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
@@ -73,7 +75,10 @@ class EvalProtocol:
         return [f"{name}: {a} / {b}" for name, a, b in pairs if a != b]
 
     def _covered(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name not in _NOT_IN_FINGERPRINT}
+        covered = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_FINGERPRINT}
+        if _PIXELS in self.reference:
+            covered["reference"] = {name: self.reference[name] for name in ("count", _PIXELS)}
+        return covered
 
 
 def save_result(path: Path, protocol: EvalProtocol, metrics: dict[str, Any], run: dict[str, Any] | None = None) -> None:
@@ -156,8 +161,10 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def compare(first: Path, second: Path, force: bool = False) -> dict[str, tuple[float | None, float | None]]:
-    """The two values of every metric of two result files.
+def compare(
+    first: Path, second: Path, force: bool = False
+) -> tuple[EvalProtocol, EvalProtocol, dict[str, tuple[float | None, float | None]]]:
+    """The protocols of two result files, and the two values of every metric.
 
     Args:
         first: a result file.
@@ -175,4 +182,4 @@ def compare(first: Path, second: Path, force: bool = False) -> dict[str, tuple[f
             + "; ".join(protocol_a.differences(protocol_b))
         )
     a, b = flatten(metrics_a), flatten(metrics_b)
-    return {name: (a.get(name), b.get(name)) for name in a | b}
+    return protocol_a, protocol_b, {name: (a.get(name), b.get(name)) for name in a | b}

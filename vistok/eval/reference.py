@@ -22,14 +22,14 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from vistok.checkpoint import write_atomically
 from vistok.data.datamodule import Dataset
 from vistok.errors import UserError
 from vistok.eval.features import FeatureNetwork, sha256_of
 from vistok.eval.fid import Gaussian, check_finite
 from vistok.eval.image_statistics import ImageStatistics
-from vistok.eval.images import NPZ_IMAGES, NpzImages, PixelHash, uint8_batches
+from vistok.eval.images import NPZ_IMAGES, NpzImages, PixelHash, uint8_batches, unaugmented
 from vistok.eval.processes import gather_file, of_all, rows_of_all
+from vistok.files import write_atomically
 
 MOST_IMAGES = 10_000
 """Real images behind precision, recall and the kernel distance, as in ADM's files."""
@@ -69,7 +69,10 @@ class Reference:
 def check_size(samples_px: int, reference_px: int | None) -> None:
     """Raise UserError if samples have another side than the images of a reference; None is not known."""
     if reference_px not in (None, samples_px):
-        raise UserError(f"samples have {samples_px} px, the reference {reference_px} px: they do not compare")
+        raise UserError(
+            f"samples have {samples_px} px, the reference {reference_px} px: they do not compare "
+            f"(--protocol adm{reference_px} resizes samples)"
+        )
 
 
 def measure_reference(
@@ -98,19 +101,13 @@ def measure_reference(
     """
     statistics = ImageStatistics(network, len(dataset), MOST_IMAGES, seed, device)
     pixels = PixelHash()
-    for images, labels, rows in uint8_batches(dataset, batch_size, workers):
+    for images, labels, rows in uint8_batches(dataset, batch_size, workers, pixels=pixels):
         if keep:
             keep(images[torch.isin(rows, statistics.kept_rows)])
         statistics.update(images, labels, rows)
-        pixels.update(images)
         if progress:
             progress(len(images))
-    description = {
-        "images": dataset.description["split"],
-        "count": statistics.count,
-        "pixels_sha256": pixels.hexdigest(),
-        "data": dataset.description,
-    }
+    description = pixels.reference(dataset.description["split"]) | {"data": unaugmented(dataset)}
     size = images.shape[-1]
     return Reference(statistics.gaussians(), statistics.kept, statistics.count, size, description)
 
@@ -161,7 +158,7 @@ def load_reference(
         progress: called with the number of images read since the last call.
 
     Raises:
-        UserError: if the file is damaged or was made with another feature network.
+        UserError: if the file is damaged or was made with another feature network or layer.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -183,6 +180,10 @@ def load_reference(
                 raise UserError(
                     f"{path}: {KEYS[layer][0]} has the shape {tuple(mean.shape)}, {network.name} has {width} features: "
                     "it was made with another feature network"
+                )
+            if layer == "spatial" and bool((mean < 0).any()):
+                raise UserError(
+                    f"{path}: {KEYS[layer][0]} is negative in places: it was not taken behind the ReLU, as here"
                 )
             gaussians[layer] = check_finite(str(path), Gaussian(mean.to(device), covariance.to(device), count))
     if made_of:

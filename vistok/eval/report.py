@@ -8,20 +8,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vistok.checkpoint import SPEC, write_text
+from vistok.checkpoint import SPEC
 from vistok.errors import UserError
 from vistok.eval.codebook import describe
 from vistok.eval.curves import curve_of, plot_losses
 from vistok.eval.protocol import EvalProtocol, flatten, load_result, number, of_figure, table_by_tokens
 from vistok.eval.reconstruction import table_by_steps
+from vistok.files import write_text
 
 Result = tuple[Path, EvalProtocol, dict[str, Any], dict[str, Any]]
 """Path below the run, protocol, metrics and circumstances of one result file."""
 
 PARTS = ("tokenizer", "generator")
-TASKS = ("reconstruction", "generation", "geneval", "dpg", "genai", "probe")
+TASKS = ("reconstruction", "generation", "geneval", "dpg", "genai", "compbench", "object-binding", "probe")
 """Names of the files that the commands of ``python -m vistok.eval`` write."""
-ASKED = {"dpg": "DPG-Bench", "genai": "GenAI-Bench"}
+ASKED = {
+    "dpg": "DPG-Bench",
+    "genai": "GenAI-Bench",
+    "compbench": "T2I-CompBench",
+    "object-binding": "Object binding",
+}
 HEADLINES = ("class_accuracy", "recall", "copies_share", "gFID")
 LOSSES = "loss_curves.png"
 REPORT = "report.md"

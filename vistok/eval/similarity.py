@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vistok.checkpoint import module_hash
 from vistok.errors import UserError
-from vistok.eval.pretrained import from_folder, load_pretrained, summary_of
+from vistok.eval.pretrained import from_folder, load_pretrained, summary_of, whole_hash
 from vistok.losses.perceptual import BACKBONES, Net, load_lpips
 from vistok.nn.vision_teacher import load_model
 
@@ -80,7 +80,7 @@ def cosine(text: str, device: torch.device | str = "cpu") -> Comparison:
         UserError: saying what to supply if the folder or file is missing or another.
     """
     name, _, file = text.partition("=")
-    network, features = _of_timm(name, file, device) if file else _of_transformers(text, device)
+    digest, features = _of_timm(name, file, device) if file else _of_transformers(text, device)
 
     @_without_tf32
     def similarity(originals: UInt8[Tensor, "B 3 H W"], decoded: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
@@ -88,13 +88,13 @@ def cosine(text: str, device: torch.device | str = "cpu") -> Comparison:
             return F.cosine_similarity(features(originals), features(decoded))
 
     name = Path(name).name
-    return Comparison(f"cosine ({name} features)", f"mean over images, weights {module_hash(network)}", similarity)
+    return Comparison(f"cosine ({name} features)", f"mean over images, weights and preprocessing {digest}", similarity)
 
 
 Features = Callable[[UInt8[Tensor, "B 3 H W"]], Float[Tensor, "B D"]]
 
 
-def _of_timm(name: str, file: str, device: torch.device | str) -> tuple[Any, Features]:
+def _of_timm(name: str, file: str, device: torch.device | str) -> tuple[str, Features]:
     try:
         model = load_model(name, file, num_classes=0).to(device).eval()
     except UserError as error:
@@ -105,10 +105,10 @@ def _of_timm(name: str, file: str, device: torch.device | str) -> tuple[Any, Fea
         resized = F.interpolate(images / 255, model.patch_embed.img_size, mode="bicubic", antialias=True)
         return model((resized - mean) / std)
 
-    return model, features
+    return module_hash(model, mean.tolist(), std.tolist()), features
 
 
-def _of_transformers(folder: str, device: torch.device | str) -> tuple[Any, Features]:
+def _of_transformers(folder: str, device: torch.device | str) -> tuple[str, Features]:
     from transformers import AutoImageProcessor, AutoModel
 
     model = load_pretrained(AutoModel, folder, "--similarity", device)
@@ -120,4 +120,4 @@ def _of_transformers(folder: str, device: torch.device | str) -> tuple[Any, Feat
         inputs = processor(images=list(images.cpu()), return_tensors="pt", input_data_format="channels_first")
         return summary_of(embed(**inputs.to(device)))
 
-    return model, features
+    return whole_hash(model, processor), features

@@ -19,11 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from vistok.checkpoint import save_tensors, write_atomically
 from vistok.data.datamodule import Dataset, load_data
 from vistok.data.shapes import COLORS, RADII, SHAPES, Shapes
 from vistok.errors import UserError
 from vistok.eval.features import SMALL_NETWORKS, SmallCNN, load_small
+from vistok.files import save_tensors, write_atomically
 from vistok.pictures import to_uint8
 from vistok.rng import derive_seed, seeded_generator
 

@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from vistok.checkpoint import save_tensors, write_atomically
 from vistok.data.datamodule import load_data
 from vistok.eval.train_features import RECIPES, augment
+from vistok.files import save_tensors, write_atomically
 from vistok.rng import derive_seed, seeded_generator
 
 NAME = "vit_tiny_patch16_224"

@@ -1,13 +1,15 @@
-"""Benchmarks that ask a judge about the images of prompts: what DPG-Bench and GenAI-Bench have in common.
+"""Benchmarks that ask a judge about the images of prompts: what DPG-Bench, GenAI-Bench and T2I-CompBench share.
 
 An item is a prompt with questions about its images. Images of an item lie in a folder as ``NAME.png`` (or another
-suffix), or several as ``NAME/0000.png`` and so on; ``NAME.png`` may also hold four of them, as a grid of 2 x 2.
+suffix), or several as ``NAME/0000.png`` and so on, or as ``NAME_000000.png`` and so on (a full stop before the number
+is no part of the name); ``NAME.png`` may also hold four of them, as a grid of 2 x 2.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +20,10 @@ from torch import Tensor
 
 from vistok.data.images import IMAGE_SUFFIXES
 from vistok.errors import UserError
-from vistok.eval.geneval import Sample, read_image
+from vistok.eval.geneval import Sample
+from vistok.eval.images import stored_images
 from vistok.eval.judges import Judge
-from vistok.eval.processes import groups_of_all, own_share
+from vistok.eval.processes import groups_of_all
 from vistok.geneval_rules import spread
 from vistok.pictures import save_png, to_pil
 
@@ -150,34 +153,35 @@ def find_images(folder: Path, items: Sequence[Item]) -> list[list[Path]]:
     """
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")
+    names = {item.name for item in items}
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir():
             inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
             files.setdefault(path.name, []).extend(inside)
         elif path.suffix.lower() in IMAGE_SUFFIXES:
-            files.setdefault(path.stem, []).append(path)
+            name = path.stem if path.stem in names else re.sub(r"\.?_\d+$", "", path.stem)
+            files.setdefault(name, []).append(path)
     if missing := [item.name for item in items if not files.get(item.name)]:
         few = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
         raise UserError(
             f"{folder} lacks the images of {len(missing)} of {len(items)} prompts: {few} "
-            f"(each is {missing[0]}.png, or {missing[0]}/0000.png and so on)"
+            f"(each is {missing[0]}.png, or {missing[0]}/0000.png or {missing[0]}_000000.png and so on)"
         )
     return [files[item.name] for item in items]
 
 
 def stored_samples(files: list[list[Path]], cell_px: int | None = None) -> Iterator[Sample]:
-    """The images of each item; of several processes each gets its share of the files.
+    """The images of each item, by :func:`~vistok.eval.images.stored_images`.
 
     Args:
         files: of each item.
         cell_px: every file is a grid of 2 x 2 images of this side; None: every file is an image.
 
     Raises:
-        UserError: if a file cannot be read, or is no such grid.
+        UserError: also if a file is no such grid.
     """
-    for number, file in own_share([(number, file) for number, of_item in enumerate(files) for file in of_item]):
-        image = read_image(file)
+    for number, file, image in stored_images(dict(enumerate(files))):
         if cell_px is None:
             yield number, str(file), {"unknown": image}
             continue

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from vistok.eval.commands.output import show
-from vistok.eval.protocol import compare, load_result, number
+from vistok.eval.protocol import compare, number
 
 HELP = "two result files side by side; refused if their protocols differ"
 EXAMPLES = ("python -m vistok.eval compare a.json b.json",)
@@ -23,8 +23,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Put two results side by side."""
-    values = compare(args.first, args.second, args.force)
-    (first, *_), (second, *_) = load_result(args.first), load_result(args.second)
+    first, second, values = compare(args.first, args.second, args.force)
     table = Table(title=f"{first.task}", title_justify="left")
     for column in (
         "metric",

@@ -20,7 +20,7 @@ EXAMPLES = (
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
-    add_vqa_flags(parser, "dpg", per_prompt=4, published="mPLUG-large of ModelScope")
+    add_vqa_flags(parser, "dpg", per_prompt=4, published="mPLUG-large of ModelScope, which transformers lacks")
     parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="DPG-Bench's dpg_bench.csv")
     parser.add_argument(
         "--prompts", type=Path, metavar="DIR", help="sample from DIR/ITEM.txt, such as rewritten prompts"

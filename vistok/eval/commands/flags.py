@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,30 +47,43 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     add_place_flags(parser)
 
 
-def add_generator_flags(parser: argparse.ArgumentParser) -> None:
+def add_generator_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """How to sample, for commands that take a generator."""
-    parser.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="its tokenizer (default: the one it was trained on)"
-    )
-    parser.add_argument(
-        "--text-encoder", type=Path, metavar="DIR", help="its text encoder (default: the one it was trained with)"
-    )
-    add_sampling_flags(parser)
-    parser.add_argument(
-        "--sampling", nargs="*", default=[], metavar="key=value", help="of this kind of generator, such as steps=64"
-    )
-    parser.add_argument(
-        "--tokens",
-        type=token_counts,
-        metavar="K,K,...",
-        help="prefixes to decode, each with its own metrics (default: all tokens only)",
-    )
+    add = parser.add_argument
+    encoder_help = "its text encoder (default: the one it was trained with)"
+    long_help = "those with more tokens than the text encoder reads (default: as in its training)"
+    sampling_help = "of this kind of generator, such as steps=64"
+    tokens_help = "prefixes to decode, each with its own metrics (default: all tokens only)"
+    return [
+        add("--tokenizer", type=Path, metavar="DIR", help="its tokenizer (default: the one it was trained on)"),
+        add("--text-encoder", type=Path, metavar="DIR", help=encoder_help),
+        add("--long-prompts", choices=("cut", "refuse"), help=long_help),
+        *add_sampling_flags(parser),
+        add("--sampling", nargs="*", default=[], metavar="key=value", help=sampling_help),
+        add("--tokens", type=token_counts, metavar="K,K,...", help=tokens_help),
+    ]
 
 
-def add_noise_flags(parser: argparse.ArgumentParser) -> None:
+def add_noise_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """How to decode."""
-    parser.add_argument("--decode", nargs="*", default=[], metavar="key=value", help="decode options, such as steps=8")
-    parser.add_argument("--seed", type=int, default=0, help="names all noise (default: 0)")
+    add = parser.add_argument
+    return [
+        add("--decode", nargs="*", default=[], metavar="key=value", help="decode options, such as steps=8"),
+        add("--seed", type=int, default=0, help="names all noise (default: 0)"),
+    ]
+
+
+def refuse_given(args: argparse.Namespace, actions: Iterable[argparse.Action], source: str) -> None:
+    """Raise UserError if one of the flags ``actions`` was given, which change nothing about a ``source`` that exists.
+
+    Args:
+        args: the command line.
+        actions: of argparse, as the functions above return them.
+        source: a flag, such as ``--images``.
+    """
+    for action in actions:
+        if getattr(args, action.dest) != action.default:
+            raise UserError(f"{action.option_strings[0]} changes nothing about {source}, which exist already")
 
 
 def add_place_flags(parser: argparse.ArgumentParser) -> None:

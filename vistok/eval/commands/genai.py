@@ -20,7 +20,7 @@ EXAMPLES = (
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
-    add_vqa_flags(parser, "genai", per_prompt=1, published="CLIP-FlanT5-XXL")
+    add_vqa_flags(parser, "genai", per_prompt=1, published="CLIP-FlanT5-XXL, which transformers lacks")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="GenAI-Bench's genai_image.json")
     parser.add_argument("--skills", type=Path, required=True, metavar="FILE", help="GenAI-Bench's genai_skills.json")
     parser.add_argument(

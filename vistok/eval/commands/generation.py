@@ -25,13 +25,14 @@ from vistok.eval.commands.flags import (
     add_place_flags,
     adm_protocol,
     features_of,
+    refuse_given,
     sample_options,
     sampling_settings,
 )
 from vistok.eval.commands.output import progress_bar, save
 from vistok.eval.features import FeatureNetwork
 from vistok.eval.fid import fid_notes
-from vistok.eval.images import PixelHash, open_images, uint8_batches
+from vistok.eval.images import PixelHash, crop, open_images, uint8_batches
 from vistok.eval.processes import is_first, own_share, rows_of_all
 from vistok.eval.protocol import EvalProtocol
 from vistok.eval.reference import (
@@ -43,7 +44,7 @@ from vistok.eval.reference import (
     measure_reference,
 )
 from vistok.interfaces import NULL_CLASS, ClassCondition
-from vistok.pictures import labelled_grid, rows_by_label, save_png
+from vistok.pictures import labelled_grid, places_by_label, rows_by_label, save_png
 from vistok.pipeline import (
     Prompts,
     check_guidance,
@@ -62,7 +63,7 @@ EXAMPLES = (
 )
 DEFAULT_COUNT = 500
 PICTURED = 1000
-"""The picture shows samples among the first so many."""
+"""The picture shows some of the first so many samples."""
 ALL_TOKENS = "all"
 
 
@@ -110,17 +111,27 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "with mu and sigma, or real images as --images takes them",
     )
     parser.add_argument(
-        "--protocol", type=adm_protocol, metavar="admSIZE", help="crop and resize --images as ADM does, e.g. adm256"
+        "--protocol",
+        type=adm_protocol,
+        metavar="admSIZE",
+        help="crop and resize samples, and the images of --reference, as ADM does, e.g. adm256 (default: not at all)",
     )
     add_features_flag(parser)
-    add_noise_flags(parser)
+    decode, _ = add_noise_flags(parser)  # the seed also says which images KID, precision and recall see
     parser.add_argument(
         "--count",
         type=positive_int,
         help="samples, of all classes or of val's captions in turn (default: 500, or all --images)",
     )
-    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale; 1 is none (default: 1)")
-    add_generator_flags(parser)
+    drawing = [
+        decode,
+        parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale; 1 is none (default: 1)"),
+        *add_generator_flags(parser),
+        parser.add_argument(
+            "--no-samples", dest="keep", action="store_false", help="do not write the samples to OUT/samples.npz"
+        ),
+    ]
+    parser.set_defaults(drawing=drawing)
     parser.add_argument(
         "--no-copies",
         dest="copies",
@@ -131,6 +142,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 @flag_for("data.args.", "--data-args ")
+@flag_for("on_long=", "--long-prompts ")
 def run(args: argparse.Namespace) -> None:
     """Measure samples against real images."""
     started = time.perf_counter()
@@ -141,9 +153,10 @@ def run(args: argparse.Namespace) -> None:
     reference = _reference(args, samples, network)
     generation.check_counts(samples=samples.count, reference=reference.count)
     args.out = args.out or Path(f"{Path(args.images).with_suffix('')}_eval")
-    file = None if args.images else ImageFile(args.out, samples.image_size_px)
+    file = ImageFile(args.out, samples.image_size_px) if args.checkpoint and args.keep else None
     copies = args.copies and samples.train is not None
-    digest = PixelHash()
+    digest, held_out_pixels = PixelHash(), PixelHash()
+    pictured = sorted(place for _, row in places_by_label(samples.labels[:PICTURED]) for place in row)
     shown: list[Tensor] = []
     pixels: dict[str, list[Tensor]] = {}
 
@@ -151,8 +164,7 @@ def run(args: argparse.Namespace) -> None:
         for images, labels, places in samples.batches:
             *_, longest = images.values()
             digest.update(longest)
-            if len(shown) < PICTURED:
-                shown.extend(longest)
+            shown.append(longest[torch.isin(places, torch.tensor(pictured))])
             if file:
                 file.write(longest)
             if copies:
@@ -163,17 +175,21 @@ def run(args: argparse.Namespace) -> None:
 
     held_out, held_out_count = None, 0
     if samples.held_out is not None:
-        held_out, held_out_count = uint8_batches(samples.held_out, args.batch_size, args.workers), len(samples.held_out)
+        held_out_count = len(samples.held_out)
+        held_out = uint8_batches(samples.held_out, args.batch_size, args.workers, pixels=held_out_pixels)
         generation.check_counts(held_out=held_out_count)
-    with progress_bar("sample" if file else "measure", samples.count) as bar:
+    with progress_bar("sample" if args.checkpoint else "measure", samples.count) as bar:
         metrics = generation.measure_generation(
             watched(), samples.count, reference, network, held_out, held_out_count, args.seed, args.device
         )
     if copies:
         _add_copies(args, samples, {length: torch.cat(parts) for length, parts in pixels.items()}, metrics)
+    data = {"name": "samples"}
+    if samples.held_out is not None:
+        data = samples.held_out.description | {"pixels_sha256": held_out_pixels.hexdigest()}
     protocol = EvalProtocol(
         task="generation",
-        data=samples.held_out.description if samples.held_out else {"name": "samples"},
+        data=data,
         split="val" if samples.held_out else "none",
         count=samples.count,
         image_size_px=samples.image_size_px,
@@ -186,14 +202,15 @@ def run(args: argparse.Namespace) -> None:
         definitions=generation.DEFINITIONS,
         models=samples.models | {"samples": digest.hexdigest()},
     )
-    picture = rows_of_all(torch.stack(shown[:PICTURED]))[:PICTURED]
+    picture = rows_of_all(torch.cat(shown))
     if file:
         file.gather()
     if not is_first():
         return
     if file:
         file.save(args.out / "samples.npz")
-    save_png(labelled_grid(*rows_by_label(picture, samples.labels[: len(picture)])), args.out / "generation.png")
+    labels = [samples.labels[place] for place in pictured]
+    save_png(labelled_grid(*rows_by_label(picture, labels)), args.out / "generation.png")
     *_, row = metrics["tokens"].values()
     notes = fid_notes(network, samples.count, reference.count) + reference.notes()
     if generation.in_class_order(row):
@@ -205,13 +222,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _generated(args: argparse.Namespace) -> Samples:
     """Samples that are made while they are measured."""
-    if args.protocol:
-        raise UserError("--protocol is for --images: samples of a generator are measured as they are made")
     options = sample_options(args, args.cfg_scale)
     generator, tokenizer, tokenizer_path = load_models(args.checkpoint, args.tokenizer, args.device)
     check_guidance(args.checkpoint, args.cfg_scale)
     lengths = prefix_lengths(tokenizer.spec, args.tokens or [tokenizer.spec.num_positions])
-    size = tokenizer.spec.image_size_px
+    size = args.protocol or tokenizer.spec.image_size_px
     decode = read_decode_options(tokenizer, args.decode)
     options = replace(options, extra=read_sample_options(generator, args.sampling))
     train, held_out = _real(args, size)
@@ -229,7 +244,8 @@ def _generated(args: argparse.Namespace) -> Samples:
         if held_out is None:
             raise UserError("a generator conditioned on text takes its captions from --data: give it too")
         labels = generation.captions(held_out, count)
-        condition = Prompts(load_text_encoder(args.checkpoint, args.text_encoder, args.device), labels)
+        encoder = load_text_encoder(args.checkpoint, args.text_encoder, args.device, args.long_prompts)
+        condition = Prompts(encoder, labels)
 
     def batches() -> Iterator[generation.SampledBatch]:
         for start in own_share(range(0, count, args.batch_size)):
@@ -237,6 +253,8 @@ def _generated(args: argparse.Namespace) -> Samples:
             made = sample_prefixes(
                 generator, tokenizer, condition[rows], options, lengths, args.seed, args.batch_size, decode, first=start
             )
+            if args.protocol:
+                made = {length: crop(images, size) for length, images in made.items()}
             yield {str(length): images for length, images in made.items()}, class_ids[rows], torch.arange(count)[rows]
 
     return Samples(
@@ -252,6 +270,7 @@ def _generated(args: argparse.Namespace) -> Samples:
             "tokens": lengths,
             "sampling": sampling_settings(options),
             "decode": decode,
+            "preprocessing": "adm_center_crop" if args.protocol else "none",
             **({"captions": "val in order"} if generator.text_width else {"classes": "balanced"}),
         },
         models={"generator": export_hash(args.checkpoint), "tokenizer": export_hash(tokenizer_path)},
@@ -262,9 +281,7 @@ def _generated(args: argparse.Namespace) -> Samples:
 
 def _stored(args: argparse.Namespace) -> Samples:
     """Samples that somebody has made; how is not known."""
-    for name in ("tokens", "tokenizer", "text_encoder", "sampling", "decode"):
-        if getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')} is for --checkpoint: --images are measured as they are")
+    refuse_given(args, args.drawing, "--images")
     images = open_images(args.images, args.protocol)
     count = args.count or len(images)
     if count > len(images):
@@ -302,7 +319,7 @@ def _reference(args: argparse.Namespace, samples: Samples, network: FeatureNetwo
         check_size(samples.image_size_px, reference.image_size_px)
         return reference
     if args.reference:
-        images = open_images(args.reference)
+        images = open_images(args.reference, args.protocol)
         check_size(samples.image_size_px, images.image_size_px)
     dataset = images if args.reference else samples.train
     assert dataset is not None

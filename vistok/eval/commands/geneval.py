@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,22 @@ from vistok.config import parse_overrides
 from vistok.data.datamodule import Dataset, PromptedDataset, load_images
 from vistok.errors import UserError
 from vistok.eval import geneval
+from vistok.eval.commands.flags import refuse_given
 from vistok.eval.commands.output import console, new_table, progress_bar, show, write
 from vistok.eval.commands.prompted import (
     PromptedGenerator,
     add_prompted_flags,
     only_keep,
     prompted_protocol,
+    show_by_tokens,
     show_overview,
 )
 from vistok.eval.detectors import Detector, LearnedDetector, WorldDetector, self_test
+from vistok.eval.features import sha256_of
+from vistok.eval.images import read_rgb
 from vistok.eval.processes import is_first
-from vistok.eval.protocol import EvalProtocol, table_by_tokens
-from vistok.geneval_rules import TASKS, Entry, spread
+from vistok.eval.protocol import EvalProtocol
+from vistok.geneval_rules import TASKS, Rules, spread
 from vistok.pictures import save_png
 
 HELP = "share of images that show what a prompt asks for, in GenEval's six tasks"
@@ -50,44 +54,54 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, metavar="DIR", help="run or export folder of a generator")
     source.add_argument("--images", type=Path, metavar="DIR", help="samples that exist: DIR/00000/samples/0000.png ...")
-    source.add_argument("--results", type=Path, metavar="FILE", help="only add up a results.jsonl")
+    source.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="results.jsonl, also of the original: its boxes are judged again, verdicts on colours stay",
+    )
     prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument("--data", help="shapes: the prompts and the detector of a procedural world")
-    prompts.add_argument(
-        "--metadata", type=Path, metavar="FILE", help="GenEval's evaluation_metadata.jsonl, or prompts of its form"
-    )
-    parser.add_argument(
-        "--detector",
-        metavar="DIR",
-        help="for photographs: folder or hub repository of a Mask2Former (as in the original, without mmdet), DETR, "
-        "OWLv2 or Grounding DINO of transformers",
-    )
-    parser.add_argument(
-        "--color-model",
-        metavar="DIR",
-        help="folder or hub repository of a CLIP (original: openai/clip-vit-large-patch14)",
-    )
+    add = parser.add_argument
+    judging = [
+        prompts.add_argument("--data", help="shapes: the prompts and the detector of a procedural world"),
+        prompts.add_argument(
+            "--metadata", type=Path, metavar="FILE", help="GenEval's evaluation_metadata.jsonl, or prompts of its form"
+        ),
+        add(
+            "--detector",
+            metavar="DIR",
+            help="for photographs: folder or hub repository of a Mask2Former (as in the original, without mmdet), "
+            "DETR, OWLv2 or Grounding DINO of transformers",
+        ),
+        add(
+            "--color-model",
+            metavar="DIR",
+            help="folder or hub repository of a CLIP (original: openai/clip-vit-large-patch14)",
+        ),
+        add("--data-args", nargs="*", default=[], metavar="key=value", help="as data.args of train.py"),
+        add(
+            "--split",
+            default="val",
+            choices=("train", "val"),
+            help="colours asked for: held-out pairs or not (default: val)",
+        ),
+        add("--most-per-task", type=positive_int, metavar="N", help="of each task only so many, for a quick look"),
+    ]
     for name, text in THRESHOLDS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="P", help=text)
-    parser.add_argument("--data-args", nargs="*", default=[], metavar="key=value", help="as data.args of train.py")
-    parser.add_argument(
-        "--split",
-        default="val",
-        choices=("train", "val"),
-        help="colours asked for: held-out pairs or not (default: val)",
-    )
-    parser.add_argument(
-        "--most-per-task", type=positive_int, metavar="N", help="of each task only so many prompts, for a quick look"
-    )
-    add_prompted_flags(parser, per_prompt=4, layout="geneval_images/00000/samples/0000.png")
+        add(f"--{name.replace('_', '-')}", type=float, metavar="P", help=text)
+    drawing = add_prompted_flags(parser, per_prompt=4, layout="geneval_images/00000/samples/0000.png")
+    parser.set_defaults(judging=judging, drawing=drawing)
 
 
 @flag_for("data.args.", "--data-args ")
+@flag_for("on_long=", "--long-prompts ")
 def run(args: argparse.Namespace) -> None:
     """Score a generator, or images that lie in a folder, on GenEval's six tasks."""
     if args.results:
-        show(_task_table(str(args.results), geneval.read_results(args.results)), [])
+        refuse_given(args, args.judging + args.drawing, "--results")
+        _score_results(args)
     elif args.images:
+        refuse_given(args, args.drawing, "--images")
         _score_folder(args)
     else:
         _score_generator(args)
@@ -97,13 +111,13 @@ def _score_generator(args: argparse.Namespace) -> None:
     source = PromptedGenerator(args, "geneval")
     if not (args.data or args.metadata):
         raise UserError("--checkpoint needs prompts: --data shapes, or --metadata FILE")
-    benchmark = _benchmark(args, source.image_size_px, [])
-    prompts = source.read([entry["prompt"] for entry in benchmark.entries])
+    benchmark = _benchmark(args, source.image_size_px)
+    prompts = source.read([entry["prompt"] for entry in benchmark.entries.values()])
     chance = _chance(benchmark, args.count_per_prompt)
     overview = {}
     for option, out, folder in source.runs:
         started = time.perf_counter()
-        samples = source.samples(prompts, option)
+        samples = source.samples(prompts, option, list(benchmark.entries))
         if folder:
             samples = geneval.kept_samples(samples, folder, benchmark.entries)
         if benchmark.detector is None:
@@ -115,29 +129,59 @@ def _score_generator(args: argparse.Namespace) -> None:
         protocol = _protocol(
             args, benchmark, benchmark.detector, len(prompts), source.image_size_px, settings, source.parts
         )
-        overview[f"{option.cfg_scale:g}"] = _save_scores(args, out, started, protocol, records, picture, chance)
+        scores = _save_scores(args, out, started, protocol, records, benchmark.said, picture, chance)
+        overview[f"{option.cfg_scale:g}"] = scores
     show_overview("GenEval", overview)
 
 
 def _score_folder(args: argparse.Namespace) -> None:
     started = time.perf_counter()
-    stored, files = geneval.read_samples(args.images)
-    size = geneval.read_image(files[0][0]).shape[-1]
-    benchmark = _benchmark(args, size, stored)
+    first = next(file for of_prompt in geneval.find_samples(args.images).values() for file in of_prompt)
+    size = read_rgb(first).shape[-1]
+    benchmark = _benchmark(args, size)
     _, files = geneval.read_samples(args.images, benchmark.entries)
     if benchmark.detector is None:
         raise UserError("--images needs who judges them: --data shapes, or --detector DIR for photographs")
-    count = sum(map(len, files))
+    count = sum(map(len, files.values()))
     with progress_bar("judge", count) as bar:
         samples = geneval.stored_samples(files)
         records, picture = geneval.measure_geneval(benchmark.detector, benchmark.entries, samples, bar.update)
     protocol = _protocol(args, benchmark, benchmark.detector, count, size, {}, {})
-    _save_scores(args, args.out or args.images, started, protocol, records, picture, {})
+    _save_scores(args, args.out or args.images, started, protocol, records, benchmark.said, picture)
 
 
-def _benchmark(args: argparse.Namespace, image_size_px: int, stored: list[Entry]) -> geneval.Benchmark:
-    """The prompts that the command line names, or else ``stored``, and who judges their images."""
-    thresholds = {name: getattr(args, name) for name in THRESHOLDS if getattr(args, name) is not None}
+def _score_results(args: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    records = geneval.read_results(args.results)
+    # The boxes in a file are those that counted: by default none is left out again.
+    rules = replace(Rules(0.0, 0.0), **_thresholds(args))  # type: ignore[arg-type]
+    verdicts = [geneval.verdict(record, rules) for record in records]
+    same = [record["correct"] == verdict for record, verdict in zip(records, verdicts) if verdict is not None]
+    said = {
+        "verdicts": f"{sum(same)} of {len(same)} stored verdicts are what these rules give on the stored boxes; "
+        f"as stored, since a colour is asked for or no boxes are there: {len(records) - len(same)}"
+    }
+    judged = [
+        record if verdict is None else record | {"correct": verdict} for record, verdict in zip(records, verdicts)
+    ]
+    prompts = geneval.tally(records)["prompts"]
+    data = {"name": "results file", "split": "all", "prompts": prompts, "sha256": sha256_of(args.results)}
+    definitions = geneval.DEFINITIONS | {"rules": asdict(rules)}
+    protocol = prompted_protocol(
+        args, "geneval", data, len(records), 0, {"name": "unknown detector"}, definitions, {}, {}
+    )
+    out = args.out or Path(f"{args.results.with_suffix('')}_eval")
+    _save_scores(args, out, started, protocol, {"unknown": judged}, said)
+
+
+def _thresholds(args: argparse.Namespace) -> dict[str, float]:
+    return {name: getattr(args, name) for name in THRESHOLDS if getattr(args, name) is not None}
+
+
+def _benchmark(args: argparse.Namespace, image_size_px: int) -> geneval.Benchmark:
+    """The prompts that the command line names, or else those of its images, and who judges these."""
+    thresholds = _thresholds(args)
+    said = {}
     world: Dataset | None = None
     detector: Detector | None = None
     if args.data:
@@ -148,31 +192,34 @@ def _benchmark(args: argparse.Namespace, image_size_px: int, stored: list[Entry]
             raise UserError(f"--data {args.data} knows no prompts of GenEval's tasks (shapes does)")
         detector = WorldDetector(world, thresholds)
         tasks, data = world.geneval_prompts(), world.description
-        entries = [entry for task, count in TASKS.items() for entry in spread(tasks[task], count)]
+        listed = [entry for task, count in TASKS.items() for entry in spread(tasks[task], count)]
     else:
-        entries = geneval.read_metadata(args.metadata) if args.metadata else stored
+        stored = args.metadata is None
+        listed = [*geneval.read_samples(args.images)[0].values()] if stored else geneval.read_metadata(args.metadata)
         data = {"name": "metadata", "split": "all"}
         if args.detector:
             detector = learned = LearnedDetector(args.detector, args.color_model, args.device, thresholds)
-            learned.check(entries)
-            console.print(self_test(learned), highlight=False, soft_wrap=True)
+            learned.check(listed)
+            said["self_test"] = self_test(learned)
+            console.print(said["self_test"], highlight=False, soft_wrap=True)
         elif args.checkpoint and not args.save_images:
             raise UserError(
                 "--metadata needs who judges the images: --detector DIR, such as a copy of "
                 "facebook/mask2former-swin-small-coco-instance; or only keep them with --save-images"
             )
+    entries = dict(enumerate(listed))
     if args.most_per_task:
         if not (args.data or args.metadata):
             raise UserError(f"--most-per-task is for --data and --metadata: {args.images} has its own prompts")
-        entries = [entries[place] for place in geneval.some_of_each(entries, args.most_per_task)]
-    return geneval.Benchmark(entries, detector, data, world)
+        entries = geneval.some_of_each(entries, args.most_per_task)
+    return geneval.Benchmark(entries, detector, data, world, said)
 
 
 def _chance(benchmark: geneval.Benchmark, per_prompt: int) -> dict[str, float]:
     """Scores of real images that were not made for the prompts, where the data set of the prompts has images."""
     if benchmark.world is None or benchmark.detector is None:
         return {}
-    samples = geneval.real_samples(benchmark.world, len(benchmark.entries), per_prompt)
+    samples = geneval.real_samples(benchmark.world, list(benchmark.entries), per_prompt)
     with progress_bar("judge real images", len(benchmark.entries) * per_prompt) as bar:
         records, _ = geneval.measure_geneval(benchmark.detector, benchmark.entries, samples, bar.update)
     return geneval.scores(*records.values())
@@ -200,42 +247,47 @@ def _save_scores(
     started: float,
     protocol: EvalProtocol,
     records: dict[str, list[geneval.Record]],
-    picture: Image.Image,
-    chance: dict[str, float],
+    said: dict[str, str],
+    picture: Image.Image | None = None,
+    chance: dict[str, float] | None = None,
 ) -> dict[str, float]:
-    """Write and print everything about one set of samples; its scores."""
+    """Write and print everything about one set of samples; its scores.
+
+    Without a ``picture`` the records exist already, and are not written.
+    """
     *_, last = records.values()
     scores = {series: geneval.scores(rows) for series, rows in records.items()}
     counts = {"prompts": protocol.data["prompts"], "samples": len(last)}
-    metrics = {"tokens": scores, "tasks": geneval.by_task(last), "counts": counts}
+    metrics = {"tokens": scores, "tasks": geneval.by_task(last), "all": geneval.tally(last), "counts": counts}
     if chance:
         metrics |= {"held_out": chance, "counts": counts | {"held_out": len(last)}}
     if not is_first():
         return geneval.scores(last)
-    geneval.save_results(out / "geneval_results.jsonl", last)
-    save_png(picture, out / "geneval.png")
-    path = write(args, out, started, protocol, metrics)
-    title = f"GenEval by the {protocol.features['name']} · N={protocol.count} · {protocol.image_size_px} px"
-    show(_task_table(f"{title} · protocol {protocol.fingerprint}", last, chance), [], path)
-    if len(records) > 1:
-        columns, rows = table_by_tokens(metrics)
-        table = new_table("GenEval by number of tokens", columns)
-        for row in rows:
-            table.add_row(*row)
-        show(table, [])
+    if picture:
+        geneval.save_results(out / "geneval_results.jsonl", last)
+        save_png(picture, out / "geneval.png")
+    if lacking := geneval.shortfall(last):
+        said = said | {"shortfall": lacking}
+    path = write(args, out, started, protocol, metrics, said)
+    size = f" · {protocol.image_size_px} px" * bool(protocol.image_size_px)
+    title = f"GenEval by the {protocol.features['name']} · N={protocol.count}{size}"
+    show(_task_table(f"{title} · protocol {protocol.fingerprint}", last, chance), [*said.values()], path)
+    show_by_tokens("GenEval", metrics)
     return geneval.scores(last)
 
 
-def _task_table(title: str, records: list[geneval.Record], chance: dict[str, float] | None = None) -> Table:
-    by_chance = ["real images of other prompts"] * bool(chance)
+def _task_table(title: str, records: list[geneval.Record], chance: dict[str, float] | None) -> Table:
+    by_chance = {"real images of other prompts": chance} if chance else {}
     table = new_table(title, ["task", "prompts", "images", "images right", "prompts with one right", *by_chance])
 
-    def add(name: str, values: list[str], score: float, task: str) -> None:
-        table.add_row(name, *values[:2], f"{score:.3f}", *values[2:], *([f"{chance[task]:.3f}"] if chance else []))
+    def add(name: str, row: dict[str, float], task: str = "") -> None:
+        shares = (f"{row[key]:.3f}" if key in row else "" for key in ("images_right", "prompts_right"))
+        given = (f"{scores[task]:.3f}" if task else "" for scores in by_chance.values())
+        table.add_row(name, *(str(row.get(key, "")) for key in ("prompts", "images")), *shares, *given)
 
     for task, row in geneval.by_task(records).items():
-        numbers = [str(row["prompts"]), str(row["images"]), f"{row['prompts_right']:.3f}"]
-        add(task, numbers, row["images_right"], task)
+        add(task, row, task)
     table.add_section()
-    add("overall, the mean", ["", "", ""], geneval.scores(records)["overall"], "overall")
+    add("overall, mean of tasks", {"images_right": geneval.scores(records)["overall"]}, "overall")
+    add("all images and prompts", geneval.tally(records))
     return table

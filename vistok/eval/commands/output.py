@@ -8,6 +8,7 @@ import resource
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,27 +44,33 @@ def save(
     columns, rows = table_by_tokens(metrics)
     subject = args.data or args.reference
     title = f"{protocol.task} · {subject} · N={protocol.count} · {protocol.image_size_px} px"
-    table = new_table(f"{title} · protocol {protocol.fingerprint}", columns)
-    for row in rows:
-        table.add_row(*row)
-    show(table, notes, path)
+    show(new_table(f"{title} · protocol {protocol.fingerprint}", columns, rows), notes, path)
 
 
-def write(args: argparse.Namespace, out: Path, started: float, protocol: EvalProtocol, metrics: dict[str, Any]) -> Path:
-    """Write the result file, and a curve of several numbers of tokens."""
+def write(
+    args: argparse.Namespace,
+    out: Path,
+    started: float,
+    protocol: EvalProtocol,
+    metrics: dict[str, Any],
+    said: dict[str, str] | None = None,
+) -> Path:
+    """Write the result file, with what else was ``said`` about the run, and a curve of several numbers of tokens."""
     path = out / f"{protocol.task}.json"
-    save_result(path, protocol, metrics, run_details(args, started))
+    save_result(path, protocol, metrics, run_details(args, started) | (said or {}))
     if len(metrics["tokens"]) > 1:
         plot_by_tokens(metrics["tokens"], curve_of(path), metrics.get("held_out"))
     return path
 
 
-def new_table(title: str, columns: list[str]) -> Table:
+def new_table(title: str, columns: list[str], rows: Iterable[Iterable[str]] = ()) -> Table:
     """A table whose first column is words and whose others are numbers."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         longest_word = max(map(len, column.split()))
         table.add_column(column, justify="right" if index else "left", no_wrap=not index, min_width=longest_word)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

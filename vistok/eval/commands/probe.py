@@ -12,7 +12,7 @@ from vistok.data.datamodule import load_images
 from vistok.eval import probe
 from vistok.eval.commands.flags import add_source_flags
 from vistok.eval.commands.output import progress_bar, save
-from vistok.eval.images import image_batches
+from vistok.eval.images import PixelHash, image_batches, unaugmented
 from vistok.eval.processes import is_first
 from vistok.eval.protocol import EvalProtocol
 from vistok.pipeline import read_feature_options
@@ -40,24 +40,26 @@ def run(args: argparse.Namespace) -> None:
     options = read_feature_options(model, args.features)
     size, data_args = model.spec.image_size_px, parse_overrides(args.data_args)
     train, held_out = (load_images(args.data, split, size, data_args) for split in ("train", "val"))
+    pixels = PixelHash(), PixelHash()
     with progress_bar("features", len(train) + len(held_out)) as bar:
         read, known = (
             probe.pooled_features(
                 model,
-                image_batches(dataset, args.batch_size, args.workers),
+                image_batches(dataset, args.batch_size, args.workers, pixels=seen),
                 args.pool,
                 options,
                 args.device,
                 bar.update,
             )
-            for dataset in (train, held_out)
+            for dataset, seen in zip((train, held_out), pixels)
         )
+    reference, held_out_sha256 = pixels[0].reference("train"), pixels[1].hexdigest()
     if not is_first():
         return
     counts = {"train": len(read[1]), "held_out": len(known[1])}
     protocol = EvalProtocol(
         task="probe",
-        data=held_out.description,
+        data=held_out.description | {"pixels_sha256": held_out_sha256},
         split="val",
         count=counts["held_out"],
         image_size_px=size,
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         settings={"features": options, "pool": args.pool},
         seed=0,
         features={},
-        reference={"images": "train", "count": counts["train"], "data": train.description},
+        reference=reference | {"data": unaugmented(train)},
         definitions=probe.DEFINITIONS,
         models={"tokenizer": export_hash(args.checkpoint)},
     )

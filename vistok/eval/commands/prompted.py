@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from vistok.eval.commands.flags import (
 from vistok.eval.commands.output import console, new_table, progress_bar, show
 from vistok.eval.geneval import Sample, generated_samples
 from vistok.eval.processes import of_all
-from vistok.eval.protocol import EvalProtocol, number
+from vistok.eval.protocol import EvalProtocol, number, table_by_tokens
 from vistok.interfaces import SampleOptions
 from vistok.pipeline import (
     Prompts,
@@ -33,28 +33,27 @@ from vistok.pipeline import (
 )
 
 
-def add_prompted_flags(parser: argparse.ArgumentParser, per_prompt: int, layout: str) -> None:
+def add_prompted_flags(parser: argparse.ArgumentParser, per_prompt: int, layout: str) -> list[argparse.Action]:
     """How many images are sampled, how and where to.
 
     Args:
         parser: of the command.
         per_prompt: how many images of each prompt by default.
         layout: how saved images lie in OUT.
+
+    Returns:
+        Those that change nothing about images that exist.
     """
-    parser.add_argument(
-        "--count-per-prompt",
-        type=positive_int,
-        default=per_prompt,
-        metavar="N",
-        help=f"images (default: {per_prompt})",
-    )
-    parser.add_argument(
-        "--cfg-scale", type=scales, default=[1.0], metavar="S[,S...]", help="guidance scales; 1 is none (default: 1)"
-    )
-    add_generator_flags(parser)
-    add_noise_flags(parser)
+    add = parser.add_argument
+    count_help, scale_help = f"images (default: {per_prompt})", "guidance scales; 1 is none (default: 1)"
     add_place_flags(parser)
-    parser.add_argument("--save-images", action="store_true", help=f"also as OUT/{layout}")
+    return [
+        add("--count-per-prompt", type=positive_int, default=per_prompt, metavar="N", help=count_help),
+        add("--cfg-scale", type=scales, default=[1.0], metavar="S[,S...]", help=scale_help),
+        *add_generator_flags(parser),
+        *add_noise_flags(parser),
+        add("--save-images", action="store_true", help=f"also as OUT/{layout}"),
+    ]
 
 
 class PromptedGenerator:
@@ -95,12 +94,15 @@ class PromptedGenerator:
 
     def read(self, texts: list[str]) -> Prompts:
         """The prompts, each as often as it is sampled."""
-        encoder = load_text_encoder(self.args.checkpoint, self.args.text_encoder, self.args.device)
-        return Prompts(encoder, [text for text in texts for _ in range(self.args.count_per_prompt)])
+        args = self.args
+        encoder = load_text_encoder(args.checkpoint, args.text_encoder, args.device, args.long_prompts)
+        return Prompts(encoder, [text for text in texts for _ in range(args.count_per_prompt)])
 
-    def samples(self, prompts: Prompts, options: SampleOptions) -> Iterator[Sample]:
+    def samples(
+        self, prompts: Prompts, options: SampleOptions, numbers: Sequence[int] | None = None
+    ) -> Iterator[Sample]:
         """An image of each of ``prompts``; see :func:`~vistok.eval.geneval.generated_samples`."""
-        more = (self.lengths, self.args.seed, self.args.batch_size, self.decode)
+        more = (self.lengths, self.args.seed, self.args.batch_size, self.decode, numbers)
         return generated_samples(self.generator, self.tokenizer, prompts, self.args.count_per_prompt, options, *more)
 
     def settings(self, options: SampleOptions) -> dict[str, Any]:
@@ -149,10 +151,15 @@ def only_keep(samples: Iterable[Sample], count: int, folder: Path | None, flag: 
 def show_overview(title: str, overview: dict[str, dict[str, float]]) -> None:
     """The scores of each guidance scale, where there are several."""
     if len(overview) > 1:
-        table = new_table(f"{title} by guidance scale", ["cfg-scale", *next(iter(overview.values()))])
-        for scale, row in overview.items():
-            table.add_row(scale, *map(number, row.values()))
-        show(table, [])
+        columns = ["cfg-scale", *next(iter(overview.values()))]
+        rows = [(scale, *map(number, row.values())) for scale, row in overview.items()]
+        show(new_table(f"{title} by guidance scale", columns, rows), [])
+
+
+def show_by_tokens(title: str, metrics: dict[str, Any]) -> None:
+    """The scores of each number of tokens, where there are several."""
+    if len(metrics["tokens"]) > 1:
+        show(new_table(f"{title} by number of tokens", *table_by_tokens(metrics)), [])
 
 
 def scales(text: str) -> list[float]:

@@ -15,7 +15,7 @@ from vistok.eval.commands.flags import add_measuring_flags, features_of, identit
 from vistok.eval.commands.output import new_table, progress_bar, save, show
 from vistok.eval.curves import curve_of, plot_by_tokens
 from vistok.eval.fid import fid_notes
-from vistok.eval.images import image_batches
+from vistok.eval.images import PixelHash, image_batches, unaugmented
 from vistok.eval.processes import is_first
 from vistok.eval.protocol import EvalProtocol
 from vistok.pictures import save_png
@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
     if isinstance(dataset, CheckableDataset):
         checked, definitions = dataset, definitions | dataset.agreement_definitions
 
-    batches = image_batches(dataset, args.batch_size, args.workers, count)
+    pixels = PixelHash()
+    batches = image_batches(dataset, args.batch_size, args.workers, count, pixels=pixels)
     rows = reconstruction.variants(lengths, decode, steps)
     with progress_bar("reconstruct", count * len(rows)) as bar:
         metrics = reconstruction.measure_reconstruction(
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
             steps,
             comparisons,
         )
+    originals = pixels.reference("the originals")
     if not is_first():
         return
     shown = {sample["key"]: sample for sample in map(dataset.get, range(min(10, count)))}
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
 
     protocol = EvalProtocol(
         task="reconstruction",
-        data=dataset.description,
+        data=unaugmented(dataset),
         split=dataset.description["split"],
         count=metrics["counts"]["images"],
         image_size_px=tokenizer.spec.image_size_px,
@@ -107,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
         settings={"tokens": lengths, "decode": decode, **({"steps": steps} if steps else {})},
         seed=args.seed,
         features=identity(network),
-        reference={"images": "the originals", "count": metrics["counts"]["images"]},
+        reference=originals,
         definitions=definitions,
         models={"tokenizer": export_hash(args.checkpoint)},
     )
@@ -118,8 +120,5 @@ def run(args: argparse.Namespace) -> None:
     save(args, started, protocol, metrics, describe(metrics["codebook"]) + notes)
     if steps:
         plot_by_tokens(metrics["steps"], curve_of(path, "steps"), axis="steps")
-        columns, lines = reconstruction.table_by_steps(metrics)
-        table = new_table(f"by number of steps, from {lengths[-1]} tokens", columns)
-        for line in lines:
-            table.add_row(*line)
-        show(table, [])
+        title = f"by number of steps, from {lengths[-1]} tokens"
+        show(new_table(title, *reconstruction.table_by_steps(metrics)), [])

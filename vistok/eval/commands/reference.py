@@ -11,7 +11,7 @@ from vistok.config import parse_overrides
 from vistok.data.datamodule import load_images
 from vistok.eval.commands.flags import add_batch_flags, add_features_flag, adm_protocol, features_of
 from vistok.eval.commands.output import console, progress_bar
-from vistok.eval.fid import fid_notes
+from vistok.eval.fid import rank_notes
 from vistok.eval.processes import is_first
 from vistok.eval.reference import ImageFile, measure_reference, save_reference
 
@@ -56,5 +56,5 @@ def run(args: argparse.Namespace) -> None:
     console.print(f"saved: {args.out}: {what}", highlight=False, soft_wrap=True)
     console.print(json.dumps(reference.description), highlight=False, soft_wrap=True)
     assert reference.count is not None
-    for note in fid_notes(network, reference.count, reference.count):
+    for note in rank_notes(network, reference.count):
         console.print(note, highlight=False, soft_wrap=True)

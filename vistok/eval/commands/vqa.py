@@ -1,4 +1,4 @@
-"""What ``dpg`` and ``genai`` share: a judge is asked about images of a folder or of a generator."""
+"""What ``dpg``, ``genai`` and ``compbench`` share: a judge is asked about images of a folder or of a generator."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vistok.checkpoint import write_text
-from vistok.cli import positive_int
+from vistok.cli import flag_for, positive_int
 from vistok.errors import UserError
 from vistok.eval import vqa
+from vistok.eval.commands.flags import refuse_given
 from vistok.eval.commands.output import new_table, progress_bar, show, write
 from vistok.eval.commands.prompted import (
     PromptedGenerator,
     add_prompted_flags,
     only_keep,
     prompted_protocol,
+    show_by_tokens,
     show_overview,
 )
-from vistok.eval.geneval import Sample, read_image
+from vistok.eval.geneval import Sample
+from vistok.eval.images import read_rgb
 from vistok.eval.judges import Judge, load_judge
 from vistok.eval.processes import is_first
-from vistok.eval.protocol import EvalProtocol, number, table_by_tokens
+from vistok.eval.protocol import EvalProtocol, number
+from vistok.files import write_text
 
 
 def add_vqa_flags(parser: argparse.ArgumentParser, task: str, per_prompt: int, published: str) -> None:
@@ -38,18 +41,21 @@ def add_vqa_flags(parser: argparse.ArgumentParser, task: str, per_prompt: int, p
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, metavar="DIR", help="run or export folder of a generator")
     source.add_argument(
-        "--images", type=Path, metavar="DIR", help="samples that exist: DIR/NAME.png, or DIR/NAME/0000.png ..."
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="samples that exist: DIR/NAME.png, DIR/NAME/0000.png ... or DIR/NAME_000000.png ...",
     )
     parser.add_argument(
         "--judge",
         metavar="DIR",
         help="folder or hub repository of a model of transformers that answers questions about images: BLIP-VQA, "
-        f"BLIP-2, InstructBLIP, LLaVA, Qwen2.5-VL and so on (original: {published}, which transformers lacks)",
+        f"BLIP-2, InstructBLIP, LLaVA, Qwen2.5-VL and so on (original: {published})",
     )
     parser.add_argument(
         "--most-prompts", type=positive_int, metavar="N", help="only so many prompts, evenly spaced, for a quick look"
     )
-    add_prompted_flags(parser, per_prompt, f"{task}_images/NAME/0000.png")
+    parser.set_defaults(drawing=add_prompted_flags(parser, per_prompt, f"{task}_images/NAME/0000.png"))
 
 
 def ask(args: argparse.Namespace, benchmark: vqa.Benchmark, cell_px: int | None = None) -> None:
@@ -64,6 +70,7 @@ def ask(args: argparse.Namespace, benchmark: vqa.Benchmark, cell_px: int | None 
         instead = "; or only keep the images with --save-images" if args.checkpoint else ""
         raise UserError(f"who judges the images? Give --judge DIR, such as a copy of Salesforce/blip-vqa-base{instead}")
     if args.images:
+        refuse_given(args, args.drawing, "--images")
         _ask_about_folder(args, benchmark, cell_px)
     else:
         _ask_about_generator(args, benchmark)
@@ -74,13 +81,14 @@ def _ask_about_folder(args: argparse.Namespace, benchmark: vqa.Benchmark, cell_p
     files = vqa.find_images(args.images, benchmark.items)
     samples = vqa.stored_samples(files, cell_px)
     judge = load_judge(args.judge, args.device)
-    size_px = cell_px or read_image(files[0][0]).shape[-1]
+    size_px = cell_px or read_rgb(files[0][0]).shape[-1]
     records = _judged(judge, benchmark, samples, sum(map(len, files)) * (4 if cell_px else 1))
     count = len(records["unknown"])
     protocol = _protocol(args, benchmark, count, size_px, judge, {}, {})
     _save_scores(args, args.out or args.images, started, protocol, benchmark, records)
 
 
+@flag_for("on_long=", "--long-prompts ")
 def _ask_about_generator(args: argparse.Namespace, benchmark: vqa.Benchmark) -> None:
     source = PromptedGenerator(args, benchmark.task)
     prompts = source.read([item.text for item in benchmark.items])
@@ -148,16 +156,10 @@ def _save_scores(
     table = new_table(
         f"{title} · {protocol.image_size_px} px · protocol {protocol.fingerprint}",
         [benchmark.title, benchmark.counted, "score"],
+        [(name, str(part[benchmark.counted]), number(part["score"])) for name, part in metrics["parts"].items()],
     )
-    for name, part in metrics["parts"].items():
-        table.add_row(name, str(part[benchmark.counted]), number(part["score"]))
     table.add_section()
     table.add_row("overall", "", number(of_last["overall"]))
     show(table, notes, path)
-    if len(records) > 1:
-        columns, rows = table_by_tokens(metrics)
-        by_tokens = new_table(f"{benchmark.title} by number of tokens", columns)
-        for row in rows:
-            by_tokens.add_row(*row)
-        show(by_tokens, [])
+    show_by_tokens(benchmark.title, metrics)
     return of_last
