@@ -136,7 +136,8 @@ class Case:
             return torch.tensor(description["values"])
         if kind in ("image", "image_batch"):
             images = wave_images(description["batch"], description["size"], description["seed"])
-            images = images[..., : description.get("crop_width") or None] * description.get("contrast", 1.0)
+            width = description.get("width") or description.get("crop_width")
+            images = images[..., :width] * description.get("contrast", 1.0)
             return imagenet_pixels(images) if description.get("normalise") == "imagenet" else images
         random = np.random.RandomState(description["seed"])
         if kind == "randint":

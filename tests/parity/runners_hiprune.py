@@ -1,11 +1,13 @@
 """HiPrune's selection, and what it makes of the towers of LLaVA and Qwen2.5-VL; imported by ``runners.py``."""
 
+import math
+
 import numpy as np
 import torch
 from harness import input_kind, runner, wave_images
 from transformers import LlavaConfig, LlavaModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from vistok.checkpoint import load_strictly
+from vistok.key_maps import load_strictly
 from vistok.merging.hiprune import HiPrune, QwenTower, num_anchors, received_attention, select, with_neighbours
 
 
@@ -73,8 +75,9 @@ def attention_masks(case):
         q, k = case.inputs[f"q{layer}"], case.inputs[f"k{layer}"]
         scores.append(received_attention(q, k, q.shape[-1] ** -0.5)[:, 1:] / q.shape[2])
     outputs = dict(zip(("object_scores", "deep_scores"), scores))
+    side = math.isqrt(case.config["tokens"] - 1)
     for index, job in enumerate(case.config["jobs"]):
-        outputs |= selection(*scores, (24, 24), job["budget"], job["alpha"], index)
+        outputs |= selection(*scores, (side, side), job["budget"], job["alpha"], index)
     return outputs
 
 
@@ -102,19 +105,22 @@ def clip_tower(case):
     weights = case.weights("vision_model.")
     load_strictly(model.vision_tower, weights, case.name)
     model.multi_modal_projector = torch.nn.Identity()
-    ids = torch.full((1, 576), 7)
+    image = case.inputs["image"]
+    side = sizes["image_size"] // sizes["patch_size"]
+    ids = torch.full((len(image), side**2), 7)
     read = []
     model.language_model.layers[0].register_forward_pre_hook(lambda module, args: read.append(args[0]))
-    model(ids, case.inputs["image"])
+    model(ids, image)
     outputs = {"features": read[0]}
     for index, job in enumerate(case.config["jobs"]):
         layer = case.config["object_layer_1_based"]
         with HiPrune(model, job["budget"], job["alpha"], object_layer=layer, compat=True) as pruning:
-            model(ids, case.inputs["image"])
-        objects, deep = (scores / 577 for scores in pruning.scores)
+            model(ids, image)
+        # Ours are sums over the queries, patches and class token.
+        objects, deep = (scores / (side**2 + 1) for scores in pruning.scores)
         anchors = objects.topk(num_anchors(job["budget"], job["alpha"])).indices
         outputs |= {"object_scores": objects, "deep_scores": deep, f"anchors{index}": anchors}
-        outputs |= {f"mask{index}": pruning.masks[0][None].long(), f"kept{index}": read[-1]}
+        outputs |= {f"mask{index}": torch.stack(pruning.masks).long(), f"kept{index}": read[-1]}
     return outputs
 
 
@@ -151,7 +157,10 @@ def qwen(case):
         },
     }
     config = Qwen2_5_VLConfig(
-        vision_config=vision, text_config=text, image_token_id=sizes["image_id"], tie_word_embeddings=False
+        vision_config=vision,
+        text_config=text,
+        image_token_id=sizes["image_id"],
+        tie_word_embeddings=sizes["tie_embeddings"],
     )
     model = Qwen2_5_VLForConditionalGeneration(config).eval()
     renamed = {}
@@ -161,6 +170,8 @@ def qwen(case):
         elif key.startswith("model."):
             key = key.replace("model.", "model.language_model.", 1)
         renamed[key] = value
+    if sizes["tie_embeddings"]:
+        renamed["lm_head.weight"] = renamed["model.language_model.embed_tokens.weight"]
     load_strictly(model, renamed, case.name)
     grid = torch.tensor([sizes["grid"]])
     ids = case.inputs["input_ids"].long()

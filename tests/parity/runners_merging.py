@@ -1,17 +1,23 @@
 """Token merging against ToMe and PiToMe, functions and whole models; imported by ``runners.py``."""
 
+import re
+from functools import partial
+
 import numpy as np
 import timm
 import torch
 from harness import input_kind, runner
 from timm.models.vision_transformer import VisionTransformer
 
-from vistok.checkpoint import load_strictly
-from vistok.merging.matching import directions
+from vistok.key_maps import load_strictly
+from vistok.merging.matching import directions, positions
 from vistok.merging.pitome import PiToMe, energy
 from vistok.merging.schedules import Schedule
 from vistok.merging.tome import ToMe
 from vistok.merging.vit import merge_tokens
+
+PARTITIONS = {(True, True): "bsm", (True, False): "bsm_first", (False, True): "bsm_last", (False, False): "ordered"}
+"""By whether the first and the last block match by energy-BSM."""
 
 MODELS = {}
 """Published models by their arguments: their weights follow from their keys, and drawing those takes seconds."""
@@ -27,6 +33,11 @@ def clustered(description):
     spread = random.uniform(description["low"], description["high"], (batch, tokens, 1))
     values = centres[nearest] + spread * random.standard_normal((batch, tokens, width))
     return torch.from_numpy(values.astype(np.float32))
+
+
+def prefix_of(config):
+    """Tokens that never merge."""
+    return config["class_token"] + config.get("distill_token", False)
 
 
 def token_sizes(case):
@@ -53,8 +64,7 @@ def pairs(case, name, matching):
 
 @runner("ToMe bipartite soft matching, weighted merge, unmerge")
 def tome_matching(case):
-    sizes, inputs = case.config, case.inputs
-    prefix = sizes["class_token"] + sizes["distill_token"]
+    sizes, inputs, prefix = case.config, case.inputs, prefix_of(case.config)
     x, size = inputs["x"].clone().requires_grad_(), token_sizes(case).requires_grad_()
     outputs = {}
     for asked in sizes["requested_r"]:
@@ -71,20 +81,22 @@ def tome_matching(case):
             f"{name}.mean": matching.merge(x)[0],
             f"{name}.unmerged": matching.unmerge(merged),
         }
-        if asked == 13 and "grad_weight" in inputs:
-            (merged * inputs["grad_weight"]).sum().backward()
-            outputs |= {"grad_x": x.grad, "grad_size": size.grad}
+        if "grad_weight" in inputs and merged.shape == inputs["grad_weight"].shape:
+            gradients = torch.autograd.grad((merged * inputs["grad_weight"]).sum(), (x, size))
+            outputs |= dict(zip(("grad_x", "grad_size"), gradients))
     return outputs
 
 
 @runner("ToMe: several merges in a row, sizes and sources carried along, unmerge through all of them")
 def tome_chain(case):
-    x, size, slots, lengths = case.inputs["x"], None, None, []
-    for layer, r in enumerate(case.config["r"]):
+    x, prefix = case.inputs["x"], prefix_of(case.config)
+    size, slots, lengths = torch.ones(x.shape[:2]), positions(len(x), 0, x.shape[1]), []
+    asked = case.config["r"]
+    for layer, r in enumerate(Schedule(asked).merges(len(asked), x.shape[1] - prefix)):
         if r:
-            matching = ToMe().match(case.inputs[f"metric_{layer}"], r, 1, layer, len(case.config["r"]))
+            matching = ToMe(in_order=False).match(case.inputs[f"metric_{layer}"], r, prefix, layer, len(asked))
             x, size = matching.merge(x, size)
-            slots = matching.slots if slots is None else matching.slots.gather(1, slots)
+            slots = matching.slots.gather(1, slots)
         x = x + case.inputs[f"layer_x_{layer}"]
         lengths.append(x.shape[1])
     return {
@@ -97,11 +109,17 @@ def tome_chain(case):
     }
 
 
+def schedule_of(r, inflection=0.0):
+    """Arguments of :class:`Schedule`; a whole number and a fraction are a linear one, as published."""
+    linear = isinstance(r, list) and [type(value) for value in r] == [int, float]
+    return dict(zip(("r", "inflection"), r if linear else (r, inflection)))
+
+
 @runner("ToMe schedules of r over depth, and the tokens that remain")
 def tome_schedules(case):
     outputs = {}
     for index, entry in enumerate(case.config["entries"]):
-        schedule = Schedule(entry["r"], inflection=entry.get("inflection", 0.0))
+        schedule = Schedule(**schedule_of(entry["r"], entry.get("inflection", 0.0)))
         patches = entry["tokens"] - entry["protected"]
         merges = torch.tensor(schedule.merges(entry["layers"], patches))
         outputs[f"r{index}"] = torch.tensor(schedule.asked(entry["layers"]))
@@ -111,34 +129,37 @@ def tome_schedules(case):
 
 @runner("PiToMe energy score and order")
 def pitome_energy(case):
-    unit = directions(case.inputs["metric"][:, 1:])
-    outputs = {}
-    for prefix, form, margins in (("", "elu", "margins"), ("text_", "gauss", "text_margins")):
+    prefix, outputs = prefix_of(case.config), {}
+    unit = directions(case.inputs["metric"][:, prefix:])
+    for kind, form, margins in (("", "elu", "margins"), ("text_", "gauss", "text_margins")):
         for index, margin in enumerate(case.config[margins]):
-            values = energy(unit, margin, form)
-            outputs[f"{prefix}energy_m{index}"] = values
-            outputs[f"{prefix}order_m{index}"] = 1 + values.argsort(1, descending=True)
+            values = energy(unit, margin, form, case.config["alpha"])
+            outputs[f"{kind}energy_m{index}"] = values
+            outputs[f"{kind}order_m{index}"] = prefix + values.argsort(1, descending=True)
     return outputs
 
 
 @runner("PiToMe matching: ordered-energy and energy-BSM, merge")
 def pitome_matching(case):
-    sizes, inputs = case.config, case.inputs
-    size, outputs = token_sizes(case), {}
-    for q, ratio in enumerate(sizes["ratios"]):
-        r = Schedule(ratio=ratio).merges(1, sizes["tokens"] - 1)[0]
-        for m, margin in enumerate(sizes["margins"]):
-            for partition in sizes["matchers"]:
-                method = PiToMe(margin, "elu", partition)
-                matching = method.match(inputs["metric"], r, 1, layer=0, depth=1)
-                name, candidates = f"{partition}.q{q}.m{m}", r if partition == "ordered" else (sizes["tokens"] - 1) // 2
-                outputs |= pairs(case, name, matching) | {
-                    f"{name}.kept": matching.keep[:, 1:-candidates],
-                    f"{name}.candidates": matching.keep[:, -candidates:],
-                    f"{name}.slot": matching.slots,
-                    f"{name}.label": groups(matching.slots),
-                }
-                outputs[f"{name}.merged"], outputs[f"{name}.new_size"] = matching.merge(inputs["x"], size)
+    sizes, inputs, size = case.config, case.inputs, token_sizes(case)
+    prefix = prefix_of(sizes)
+    patches, outputs = sizes["tokens"] - prefix, {}
+    asked = {name.rpartition(".")[0] for name in case.json["outputs"]}
+    for name, matcher, q, m in (re.fullmatch(r"((\w+)\.q(\d+)\.m(\d+))", name).groups() for name in asked):
+        r = Schedule(ratio=sizes["ratios"][int(q)]).merges(1, patches)[0]
+        if matcher == "text":
+            method = PiToMe((sizes["text"] or sizes["margins"])[int(m)], "gauss", "halves")
+        else:
+            method = PiToMe(sizes["margins"][int(m)], "elu", matcher, sizes["alpha"])
+        matching = method.match(inputs["metric"], r, prefix, layer=0, depth=1)
+        candidates = matching.keep.shape[1] - (patches // 2 if matcher == "bsm" else r)
+        outputs |= pairs(case, name, matching) | {
+            f"{name}.kept": matching.keep[:, prefix:candidates],
+            f"{name}.candidates": matching.keep[:, candidates:],
+            f"{name}.slot": matching.slots,
+            f"{name}.label": groups(matching.slots),
+        }
+        outputs[f"{name}.merged"], outputs[f"{name}.new_size"] = matching.merge(inputs["x"], size)
     return outputs
 
 
@@ -153,43 +174,49 @@ def published_model(case):
     return MODELS[key]
 
 
-def merged(model, image, name, method, **settings):
-    """Everything that the cases of whole models say about one setting."""
+def merged(model, image, name, method, weighted=False, **settings):
+    """Everything that the cases of whole models say about one setting; most patches leave an average unweighted."""
     with merge_tokens(model, method, **settings) as merging:
         tokens = model.forward_features(image)
         features = model.forward_head(tokens, pre_logits=True)
-        return {
-            f"{name}.tokens": tokens,
-            f"{name}.features": features,
-            f"{name}.logits": model.head(features),
-            f"{name}.counts": torch.tensor(merging.lengths),
-            f"{name}.size": merging.size,
-            f"{name}.slot": merging.slots,
-            f"{name}.label": groups(merging.slots),
-        }
+    if not weighted:
+        features = model.forward_head(tokens, pre_logits=True)
+    slots = positions(len(tokens), 0, tokens.shape[1]) if merging.slots is None else merging.slots
+    return {
+        f"{name}.tokens": tokens,
+        f"{name}.features": features,
+        f"{name}.logits": model.head(features),
+        f"{name}.counts": torch.tensor(merging.lengths),
+        f"{name}.size": torch.ones(tokens.shape[:2]) if merging.size is None else merging.size,
+        f"{name}.slot": slots,
+        f"{name}.label": groups(slots),
+    }
 
 
 @torch.no_grad()
-def tome_model(case):
+def tome_model(case, weighted=False):
     model, image = published_model(case), case.inputs["image"]
     tokens = model.forward_features(image)
     outputs = {"unmerged.logits": model.forward_head(tokens), "unmerged.tokens": tokens}
     for name, r in case.config["r"].items():
-        linear = name == "linear"
-        settings = {"r": r[0], "inflection": r[1]} if linear else {"r": r}
-        outputs |= merged(model, image, name, "tome", proportional=case.config["prop_attn"], **settings)
+        settings = schedule_of(r) | {"proportional": case.config["prop_attn"], "weighted": weighted}
+        outputs |= merged(model, image, name, ToMe(in_order=False), **settings)
     return outputs
 
 
 runner("ToMe inside a timm ViT, end to end")(tome_model)
-runner("ToMe with class token and size-weighted average pooling (the published MAE patch)")(tome_model)
+runner("ToMe with class token and size-weighted average pooling (the published MAE patch)")(
+    partial(tome_model, weighted=True)
+)
 
 
 @runner("PiToMe inside a timm ViT, end to end")
 @torch.no_grad()
 def pitome_model(case):
     model, image, outputs = published_model(case), case.inputs["image"], {}
+    bsm = case.config["energy_bsm"]
+    method = PiToMe(case.config["margins"][0], "elu", PARTITIONS[bsm[0], bsm[-1]])
     for index, ratio in enumerate(case.config["ratios"]):
         settings = {"ratio": ratio, "proportional": case.config["prop_attn"]}
-        outputs |= merged(model, image, f"q{index}", "pitome_deit", **settings)
+        outputs |= merged(model, image, f"q{index}", method, **settings)
     return outputs

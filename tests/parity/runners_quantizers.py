@@ -13,7 +13,10 @@ from vistok.quantizers.vq import Codebook, CodebookOptions
 def options(sizes):
     normalized = sizes.get("l2_normalise", sizes.get("normalise_codebooks", sizes.get("normalise", True)))
     return CodebookOptions(
-        normalized=normalized, beta=sizes.get("commitment_beta", 0.25), entropy=sizes.get("entropy_ratio", 0.0)
+        normalized=normalized,
+        raw_codes="normalise" in sizes,  # VAR's
+        beta=sizes.get("commitment_beta", 0.25),
+        entropy=sizes.get("entropy_ratio", 0.0),
     )
 
 
@@ -108,15 +111,15 @@ def residual_multiscale(case):
     sizes = case.config
     scales = sizes["scales"]
     codebook = Codebook(sizes["codebook_size"], sizes["code_dim"], options(sizes))
-    count = sizes["phi_count"]
-    quantizer = ResidualMultiscale(
-        codebook, scale_sizes(scales, sizes["grid"]), count, "residual", abs(sizes["phi_ratio"])
-    )
     names = {"codebook.tables.0": "quantize.embedding.weight"}
     for key in case.json["keys"]:
         if "quant_resi" in key:
             number = (re.findall(r"\.(\d+)\.", key) or ["0"])[0]
             names[f"phi.{number}.{key.rsplit('.', 1)[1]}"] = key
+    count = sum(name.endswith("weight") for name in names)
+    quantizer = ResidualMultiscale(
+        codebook, scale_sizes(scales, sizes["grid"]), count, "residual", abs(sizes["phi_ratio"])
+    )
     weights = case.weights()
     quantizer.load_state_dict({ours: weights[theirs] for ours, theirs in names.items()})
     f, g = case.inputs["f"].clone().requires_grad_(), case.inputs["g"]

@@ -2,14 +2,15 @@
 
 from dataclasses import replace
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from harness import input_kind, runner, wave_images
 from transformers import T5Config, T5EncoderModel
 
-from vistok.checkpoint import load_strictly
-from vistok.merging.sdxl import OFF, Controls, SemanticBinding, Texts
+from vistok.key_maps import load_strictly
+from vistok.merging.sdxl import OBJECTS, OFF, Controls, SemanticBinding, Texts
 from vistok.merging.semantic_binding import (
     Group,
     centroids,
@@ -80,7 +81,7 @@ def flow_patch(case):
         relative_attention_num_buckets=sizes["relative_buckets"],
         relative_attention_max_distance=sizes["relative_distance"],
         layer_norm_epsilon=sizes["norm_eps"],
-        feed_forward_proj="gated-gelu",
+        feed_forward_proj=sizes["feed_forward"].replace(" ", "-"),
     )
     model = T5EncoderModel(config).eval()
     weights = case.weights()
@@ -92,11 +93,12 @@ def flow_patch(case):
     words = case.inputs["ids"].randint(2, sizes["vocabulary"], case.config["prompt_tokens"] - 1)
     ids[0, : len(words)] = torch.from_numpy(words)
     ids[0, len(words)] = ids[1, 0] = 1  # the end of a text
-    states, empty = model(ids).last_hidden_state[:, None]
+    layers = model(ids, output_hidden_states=True).hidden_states
+    states, empty = layers[-1][:, None]
     outputs = {}
     for index, skipped in enumerate(case.config["skipped_layers"]):
         # Skipping no layer is not the same as not skipping: the published code then normalises the prompt twice.
-        prompt = states if skipped is None else model.encoder.final_layer_norm(states)
+        prompt = states if skipped is None else model.encoder.final_layer_norm(layers[-1 - skipped][:1])
         outputs[f"all.l{index}"] = prompt
         for kept, positions in enumerate(case.config["kept_positions"]):
             outputs[f"keep{kept}.l{index}"] = patch(prompt, empty, positions)
@@ -141,12 +143,13 @@ def controlled(case):
         projection_class_embeddings_input_dim=sizes["pooled"] + 6 * sizes["time_ids_width"],
     ).eval()
     load_strictly(unet, case.weights(), case.name)
-    scheduler = EulerDiscreteScheduler(
+    scheduler = getattr(diffusers, noise["name"])(
         beta_start=noise["beta_start"],
         beta_end=noise["beta_end"],
         beta_schedule=noise["beta_schedule"],
         steps_offset=noise["steps_offset"],
         timestep_spacing=noise["timestep_spacing"],
+        prediction_type=noise["prediction"],
     )
     pipe = StableDiffusionXLPipeline(
         vae=None,
@@ -162,6 +165,7 @@ def controlled(case):
     settings, given = case.config, case.inputs
     binding_steps, entropy_steps = settings["control_steps"]
     controls = Controls(
+        composite=settings["binding_iterations"] > 0,
         end_token_step=settings["end_token_step"],
         binding_steps=binding_steps,
         binding_iterations=settings["binding_iterations"],
@@ -170,6 +174,8 @@ def controlled(case):
         entropy_iterations=tuple(settings["entropy_iterations"]),
         thresholds=tuple(settings["thresholds"]),
         scale_factor=settings["scale_factor"],
+        scale_range=tuple(settings["scale_range"]),
+        layout=OBJECTS.layout if settings.get("pose") else (),
         map_layers=tuple(settings["map_layers"]),
         compat=True,
     )
@@ -180,8 +186,9 @@ def controlled(case):
         tokens=[settings["prompt_tokens"]],
         negative=given["negative"],
         negative_pooled=given["pooled_negative"],
-        phrases=torch.cat([given["anchor0"], given["anchor1"]]),
+        phrases=torch.cat([given[f"anchor{index}"] for index in range(len(settings["groups"]))]),
         clean=given["clean"],
+        end=[settings["prompt_length"]],
     )
     reads, latents = [], []
 
@@ -207,12 +214,12 @@ def controlled(case):
     for step, ((context, sample, predicted), after) in enumerate(zip(reads, latents)):
         outputs |= {f"context{step}": context, f"input{step}": sample, f"noise{step}": predicted}
         outputs[f"latents{step}"] = after
-    losses = [torch.tensor(log[0]) for log in binding.log.entropy]
-    if losses:
-        counts = torch.zeros(settings["steps"], dtype=torch.long)
-        counts[: len(losses)] = torch.tensor([len(step) for step in losses])
-        outputs |= {"entropy_losses": torch.cat(losses), "entropy_counts": counts}
-        outputs["binding_losses"] = torch.cat([torch.stack(step).T.flatten() for step in binding.log.binding])
+    losses = [log[0] for log in binding.log.entropy]
+    counts = [len(step) for step in losses] + [0] * (settings["steps"] - len(losses))
+    outputs["entropy_counts"] = torch.tensor(counts)
+    outputs["entropy_losses"] = torch.tensor([loss for step in losses for loss in step])
+    if steps := [torch.stack(step).T.flatten() for step in binding.log.binding if step]:
+        outputs["binding_losses"] = torch.cat(steps)
     plain = SemanticBinding(pipe, replace(OFF, map_layers=controls.map_layers))
     outputs["plain_latents"] = plain.sample(texts, **options).images
     return outputs

@@ -11,7 +11,7 @@ def tower_args(sizes, prefix=""):
     names = {"patch": "patch_size", "width": "embed_dim", "layers": "depth", "heads": "num_heads"}
     args = {name: sizes[f"{prefix}{theirs}"] for theirs, name in names.items()}
     if mlp := sizes.get(f"{prefix}mlp"):
-        args["mlp_ratio"] = mlp / args["embed_dim"]
+        args["mlp_ratio"] = (mlp + 0.5) / args["embed_dim"]  # timm rounds down
     return args
 
 
@@ -75,29 +75,29 @@ def outputs_of(model, case):
     return outputs
 
 
-@runner("tokenizer end to end, published size (B variant)")
 @torch.no_grad()
 def published(case):
-    sizes = case.config
-    preset = tokenflow_published.IMAGE_SIZES["b"][sizes["image"]]
-    changes = tokenflow.ENHANCED if sizes["enhanced_decoder"] else {}
+    sizes, weights = case.config, case.weights()
     config = tokenflow.preset(
-        preset,
-        **changes,
+        tokenflow_published.size_of(weights, case.name),
+        **(tokenflow.ENHANCED if sizes["enhanced_decoder"] else {}),
+        image_size=sizes["image"],
         scales=tuple(sizes["scales"]),
         vocab_size=sizes["codebook_size"],
         target_width=sizes["semantic_output_dim"],
     )
-    return outputs_of(tokenflow_published.from_state(case.weights(), config, case.name), case)
+    return outputs_of(tokenflow_published.from_state(weights, config, case.name), case)
 
 
-@runner("tokenizer end to end, small")
-@torch.no_grad()
-def small(case):
-    sizes = case.config
+for _size in ("B", "L", "XL"):
+    runner(f"tokenizer end to end, published size ({_size} variant)")(published)
+
+
+def small_config(sizes):
+    """The config of a small tokenizer."""
     siglip = sizes["variant"] == "SigLIP tower"
     levels, grid = len(sizes["pixel_width_multipliers"]), sizes["scales"][-1]
-    config = tokenflow.preset(
+    return tokenflow.preset(
         "xl" if siglip else "b",
         image_size=sizes["run_at_image"],
         scales=tuple(sizes["scales"]),
@@ -116,7 +116,13 @@ def small(case):
         pixel_decoder_blocks=sizes["decoder_res_blocks"] + 1,
         z_channels=sizes["z_channels"],
     )
+
+
+@runner("tokenizer end to end, small")
+@torch.no_grad()
+def small(case):
+    config = small_config(case.config)
     model = tokenflow_published.from_state(case.weights(), config, case.name)
     # The published XL gives back images of one size, whatever the size of those it was given.
-    model.config.image_size = sizes.get("output_image", config.image_size)
+    model.config.image_size = case.config.get("output_image", config.image_size)
     return outputs_of(model, case)

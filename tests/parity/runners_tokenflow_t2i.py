@@ -6,7 +6,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from harness import filled, runner
-from runners_tokenflow import tower_args
+from runners_tokenflow import small_config
 
 from vistok.generators import tokenflow_t2i
 from vistok.generators.sampling import Picker, filter_logits
@@ -14,7 +14,7 @@ from vistok.interfaces import SampleOptions, TextCondition
 from vistok.nn.rope import rotation
 from vistok.nn.transformer import Block
 from vistok.rng import SampleRng
-from vistok.tokenizers import tokenflow, tokenflow_published
+from vistok.tokenizers import tokenflow_published
 from vistok.tokens import MultiScale, Tokens, TokenSpec
 
 
@@ -44,29 +44,31 @@ def sampler_filter(case):
         scale = 1 + setting["cfg"] * setting["scale"] / (sizes["number_of_scales"] - 1)
         guided = Picker(SampleOptions(), scale).guide(logits.flatten(0, 1), rows)
         kept = filter_logits(guided, setting["top_k"], setting["top_p"] or 1.0)
+        if setting["top_p"] == 1:  # drops what has no probability in float32, which changes none
+            kept = kept.masked_fill(kept.softmax(dim=-1) == 0, -torch.inf)
         probability = kept.softmax(dim=-1).view(-1, *logits.shape[1:])
         outputs[f"probs_{index}"] = F.pad(probability, (first, 0))
         outputs[f"kept_{index}"] = kept.isfinite().sum(dim=-1).view(probability.shape[:2])
     return outputs
 
 
+SMALL_CLIP = {
+    "variant": "CLIP tower",
+    "semantic_encoder_patch": 16,
+    "semantic_dim": 32,
+    "pixel_dim": 8,
+    "pixel_width_multipliers": [1, 1, 2, 2, 4],
+    "decoder_res_blocks": 2,
+}
+"""What the generator's cases do not say of their tokenizer: as in its own cases."""
+
+
 def tokenizer_of(case):
     """The tokenizer whose codes the generator of a case models."""
-    sizes = case.config["tokenizer"]
-    config = tokenflow.preset(
-        "b",
-        image_size=sizes["native_image"],
-        scales=tuple(case.config["scales"]),
-        vocab_size=case.config["codebook_size"],
-        encoder_args=tower_args({"semantic_encoder_patch": 16, **sizes}, "semantic_encoder_"),
-        target_width=sizes["semantic_output_dim"],
-        semantic_decoder_width=sizes["semantic_decoder_width"],
-        semantic_decoder_depth=sizes["semantic_decoder_depth"],
-        semantic_decoder_heads=sizes["semantic_decoder_heads"],
-        pixel_encoder_width=sizes["pixel_width"],
-        pixel_decoder_width=sizes["pixel_width"],
-        z_channels=sizes["z_channels"],
-    )
+    given, scales = case.config["tokenizer"], case.config["scales"]
+    sizes = {**SMALL_CLIP, "pixel_decoder_width": given["pixel_width"], **given}
+    sizes |= {"scales": scales, "codebook_size": case.config["codebook_size"]}
+    config = small_config({"run_at_image": sizes["semantic_encoder_patch"] * scales[-1], **sizes})
     state = {key: filled(key, tuple(shape)) for key, shape in case.json["tokenizer_keys"].items()}
     for pattern, factor in case.json["tokenizer_fill"].items():
         state |= {key: value * factor for key, value in state.items() if re.search(pattern, key)}
@@ -99,7 +101,7 @@ def small(case):
     words = weights["model.embed_tokens.weight"]
     states, mask = words[prompt[:, :text]], prompt[:, :text] != sizes["pad_id"]
     condition = TextCondition(states, mask, states[:1], mask[:1])
-    start, there, _ = model.prefix(condition)
+    start, there, _ = model.condition.prefix(condition, model.blocks)
     # The published sequence has the last closing word too, which predicts nothing.
     last = (words[closing[-1:]] + model.levels.weight[:1]).expand(len(ids), -1, -1)
     embeds = torch.cat([model.text_sequence(start, ids), last], dim=1)

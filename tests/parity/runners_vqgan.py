@@ -5,12 +5,12 @@ from harness import runner
 from torch import nn
 from torch.nn.functional import normalize
 
-from vistok.checkpoint import KeyMap, layer_rules, load_strictly
+from vistok.key_maps import KeyMap, layer_rules, load_strictly
 from vistok.nn.cnn import CNNDecoder, CNNEncoder
 from vistok.quantizers.vq import CodebookOptions
 from vistok.tokenizers import vqgan
 from vistok.tokenizers.cnn_published import LLAMAGEN, VAR
-from vistok.tokenizers.vqgan_published import USAGE, published_keys
+from vistok.tokenizers.vqgan_published import USAGE, partly_shared, published_keys
 from vistok.tokens import Tokens
 
 
@@ -55,7 +55,7 @@ def tokenizer(case, layout, **settings):
         **settings,
     )
     model = vqgan.VQGAN(config).eval()
-    state = {key: value for key, value in case.weights().items() if key not in USAGE}
+    state = {partly_shared(key): value for key, value in case.weights().items() if key not in USAGE}
     keys = published_keys(layout, len(config.multipliers))
     load_strictly(model, keys.to_ours(state), case.name)
     assert keys.to_published(model.state_dict()).keys() == state.keys()
@@ -75,12 +75,15 @@ def grid_tokenizer(case):
     assert sum(parameter.numel() for parameter in model.parameters()) == sizes["parameters"]
     tokens = model.tokenize(case.inputs["x"])
     latent = model.encode_map(case.inputs["x"])
+    # The given ids have a grid of their own.
+    grid = case.json["inputs"]["given_ids"]["grid"]
+    given = model.quantizer.embed(case.inputs["given_ids"]).mT.unflatten(2, grid)
     return {
         "latent": latent,
         "ids": tokens.ids.view(len(latent), *latent.shape[2:]),
         "quantised": model.embed(tokens).mT.reshape_as(latent),
         "image": model.decode(tokens),
-        "decoded": model.decode(Tokens(case.inputs["given_ids"][:, :, None], model.spec)),
+        "decoded": model.decode_map(given),
     }
 
 
@@ -97,10 +100,10 @@ def scale_tokenizer(case):
         VAR,
         code_dim=sizes["z_channels"],
         quant_kernel=sizes["quant_conv_kernel"],
-        codebook=CodebookOptions(normalized=sizes["normalise"]),
+        codebook=CodebookOptions(normalized=sizes["normalise"], raw_codes=True),
         scales=tuple(sizes["scales"]),
         mode="residual",
-        phi=sizes["phi_count"],
+        phi=sum("quant_resi" in key and key.endswith("weight") for key in case.json["keys"]),
         phi_ratio=abs(sizes["phi_ratio"]),
     )
     tokens = model.tokenize(case.inputs["x"])
