@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from vistok import cli
-from vistok.checkpoint import load_text_encoder, write_text
+from vistok.checkpoint import load_text_encoder
 from vistok.data.datamodule import load_images
 from vistok.eval import generation
+from vistok.files import write_text
 from vistok.interfaces import ClassCondition, SampleOptions
 from vistok.pipeline import Prompts, load_models, prefix_lengths, read_sample_options, sample_images
 

@@ -22,9 +22,9 @@ from stages import Stage, Stages
 from table_page import Outcome, page, plot, read_outcome
 
 from vistok import cli
-from vistok.checkpoint import write_text
 from vistok.config import read_yaml, typed
 from vistok.errors import UserError
+from vistok.files import write_text
 
 
 @dataclass

@@ -20,9 +20,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 from stages import Stages
 
-from vistok.checkpoint import export_info, load_autoencoder, load_generator, write_atomically
+from vistok.checkpoint import export_info, load_autoencoder, load_generator
 from vistok.eval.protocol import EvalProtocol, load_result
 from vistok.eval.report import conditions
+from vistok.files import write_atomically
 from vistok.tokens import TokenSpec
 
 MEASURED = ("reconstruction", "generation", "geneval", "speed")
@@ -36,7 +37,10 @@ COLUMNS = {
     "GenEval": ("geneval", "overall", "{:.3f}"),
     "sampling, images/s": ("speed", "images_per_s", "{:.4g}"),
 }
-"""Where a figure is measured, how its name begins there, and how it is shown."""
+"""Where a figure is measured, how its name begins there, and how it is shown.
+
+A FID goes by its whole name, with the number of images and the feature network: nothing is called plain FID.
+"""
 
 PANELS = {
     "PSNR from tokens": ("PSNR, dB", "tokens", "linear"),
@@ -62,7 +66,7 @@ class Outcome:
         training: images a second of tokenizer and generator.
         rows: figures of each of :data:`MEASURED`, by the number of tokens.
         protocols: of those that have one.
-        real: figures of real held-out images, and how many they are.
+        real: figures of real held-out images, and how many they are, by the stage that has measured them.
     """
 
     title: str
@@ -71,7 +75,7 @@ class Outcome:
     training: dict[str, float] = field(default_factory=dict)
     rows: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
     protocols: dict[str, EvalProtocol] = field(default_factory=dict)
-    real: tuple[dict[str, float], int] = field(default_factory=lambda: ({}, 0))
+    real: dict[str, tuple[dict[str, float], int]] = field(default_factory=dict)
 
     def figure(self, column: str, tokens: int) -> float | None:
         """A figure of :data:`COLUMNS`."""
@@ -110,8 +114,8 @@ def read_outcome(title: str, folder: Path, trained: dict[str, Path], succeeded: 
         if task != "speed":
             found.protocols[task], metrics, _ = load_result(path)
         found.rows[task] = {int(tokens): row for tokens, row in metrics["tokens"].items()}
-        if task == "generation" and "held_out" in metrics:
-            found.real = metrics["held_out"], metrics["counts"]["held_out"]
+        if "held_out" in metrics:
+            found.real[task] = metrics["held_out"], metrics["counts"]["held_out"]
     return found
 
 
@@ -180,16 +184,25 @@ def tables(outcomes: list[Outcome]) -> list[str]:
         rows[-1] += [*speeds, *sizes]
         lengths = sorted({tokens for column in used for tokens in one.points(column)})
         by_tokens += [[one.title, str(tokens), *measured(tokens)] for tokens in lengths if len(lengths) > 1]
-    for real, count in [one.real for one in outcomes if one.real[0]][:1]:
-        of_samples = [COLUMNS[column][1:] if COLUMNS[column][0] == "generation" else ("?", "") for column in used]
-        figures = [shown(how, beginning(start, real)) for start, how in of_samples]
-        rows.append([f"{count} real held-out images", NONE, NONE, *figures, *[NONE] * 4])
-    columns = ["system", "tokens", "bits", *used]
+    for task in MEASURED:
+        for real, count in [one.real[task] for one in outcomes if task in one.real][:1]:
+            words = f"{count:,} real held-out images" + " of other prompts" * (task == "geneval")
+            columns = [COLUMNS[column] for column in used]
+            figures = [shown(how, beginning(start, real) if where == task else None) for where, start, how in columns]
+            rows.append([words, NONE, NONE, *figures, *[NONE] * 4])
+    columns = ["system", "tokens", "bits", *(heading(column, outcomes) for column in used)]
     more = [f"{what}, {part}" for what in ("training images/s", "parameters") for part in parts]
     lines = markdown([*columns, *more], rows)
     if by_tokens:
         lines += ["Those whose first tokens are an image already:", "", *markdown(columns, by_tokens)]
     return lines
+
+
+def heading(column: str, outcomes: list[Outcome]) -> str:
+    """The name of a column; of a FID the one under which it was measured."""
+    task, start, _ = COLUMNS[column]
+    rows = [row for one in outcomes for row in one.rows.get(task, {}).values()]
+    return next((name for row in rows for name in row if name.startswith(start)), column) if start == column else column
 
 
 def protocols(outcomes: list[Outcome]) -> list[str]:
@@ -251,7 +264,7 @@ def plot(groups: dict[str, list[Outcome]], path: Path) -> None:
                     points += [(place, value)] if place else []
                 if points:
                     axes.plot(*zip(*points), **looks[one.title], markersize=7, alpha=0.8)
-            axes.set(title=f"{name}: {title}", xlabel=against, ylabel=column, yscale=scale)
+            axes.set(title=f"{name}: {title}", xlabel=against, ylabel=heading(column, outcomes), yscale=scale)
             axes.set_xscale("log", base=2)
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter("{x:g}")
