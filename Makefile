@@ -4,7 +4,7 @@ INSTALLED := .venv/.installed
 DEMO := runs/demo
 T2I := runs/t2i_demo
 
-.PHONY: help install demo t2i-demo benchmark test lint format features clean
+.PHONY: help install demo t2i-demo benchmark test lint format clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 12
@@ -55,5 +55,9 @@ format: install  ## rewrite the code in the house style
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:  ## remove runs, caches and the environment
-	rm -rf .venv runs samples .pytest_cache .ruff_cache .mypy_cache *.egg-info
+clean:  ## remove caches
+	rm -rf .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## remove caches, everything trained or sampled (runs/, samples/) and the environment
+	rm -rf .venv runs samples *.egg-info

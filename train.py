@@ -10,8 +10,8 @@ from vistok.config import available, to_yaml
 EPILOG = """\
 examples:
   python train.py --config configs/digits/flextok.yaml
-  python train.py --config configs/digits/gpt.yaml tokenizer=runs/flextok trainer.max_updates=500
-  python train.py --config configs/digits/flextok.yaml output=runs/flextok resume=auto
+  python train.py --config configs/digits/gpt.yaml tokenizer=runs/digits/flextok trainer.max_updates=500
+  python train.py --config configs/digits/flextok.yaml output=runs/digits/flextok resume=auto
 
 components ({{name: NAME, args: {{...}}}}; a dotted name reaches a module outside vistok):
   tokenizer     {tokenizers}
