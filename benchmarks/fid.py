@@ -1,7 +1,7 @@
 """FID of two folders of images against torch-fidelity, with the same weights; and the memory of generation metrics.
 
 python benchmarks/fid.py [--count 64 --size 64 --batch-size 16 --runs 2]
-python benchmarks/fid.py --memory 2000 10000
+python benchmarks/fid.py --memory 2000 10000 50000
 
 Without --weights the Inception has random weights in the published layout. Our side computes all that generation
 metrics need (FID, sFID and both Inception scores; the pool features are kept), torch-fidelity's the FID alone. --memory
