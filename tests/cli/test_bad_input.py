@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 
 from tiny_models.exports import export_generator, export_tokenizer
-from tiny_models.runs import read_state, tiny_yaml
+from tiny_models.runs import read_state, refused, tiny_yaml
 from vistok import files
 from vistok.checkpoint import export_hash, export_info, load_tokenizer
 
@@ -170,14 +170,6 @@ def test_one_line_and_nothing_written(world, run_script, line, parts):
     before = snapshot(world)
     refused(run_script(*line.format(root=world).split()), *parts)
     assert snapshot(world) == before
-
-
-def refused(result, *parts):
-    code, _, err = result
-    line = err.split("\r")[-1]  # what stands before is a progress line, wiped
-    assert code == 2, err
-    assert line.startswith("error: ") and line.count("\n") == 1 and line.endswith("\n"), err
-    assert all(part in line for part in parts), line
 
 
 # ---------------------------------------------------------------------- unreadable data while training

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -10,33 +9,17 @@ import torch
 from PIL import Image
 from random_inception import write_random_inception
 
-from vistok.cli import main
+from tiny_models.runs import refused
 from vistok.data.datamodule import load_data
 from vistok.data.images import Record
 from vistok.data.shards import write_shards
 from vistok.eval import features
-from vistok.eval.__main__ import run
 from vistok.eval.images import open_images, uint8_batches
 from vistok.eval.protocol import load_result
 from vistok.pictures import save_npz, to_pil
 
 COUNT = 24
 NETWORK = ("--features", "digits")
-
-
-@pytest.fixture
-def evaluate(monkeypatch, capsys):
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["vistok.eval", *map(str, words)])
-        code = 0
-        try:
-            main(run)
-        except SystemExit as exit_:
-            code = exit_.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err.split("\r")[-1]
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -203,14 +186,6 @@ def test_adm_files_are_read_with_sfid(stored, evaluate, tmp_path, monkeypatch):
     assert row["precision-5 (inception features)"] == row["recall-5 (inception features)"] == 1
     assert protocol.features["resize"].startswith("TensorFlow 1 bilinear to 299 px")
     assert "at least 2049 are needed" in text
-
-
-def refused(result, *parts):
-    code, _, err = result
-    assert code == 2
-    assert err.startswith("error: ") and err.count("\n") == 1
-    for part in parts:
-        assert part in err
 
 
 def test_bad_images_are_one_line(stored, evaluate, tmp_path):

@@ -12,7 +12,7 @@ import yaml
 
 from tiny_models.args import TINY_ARGS
 from tiny_models.models import exported_tokenizer, make_tokenizer
-from tiny_models.runs import read_state
+from tiny_models.runs import read_state, refused
 from vistok.checkpoint import export, export_hash, load_generator
 from vistok.cli import main
 from vistok.config import Component, build, to_plain
@@ -48,14 +48,6 @@ def succeeded(result):
     code, out, err = result
     assert code == 0, err
     return out
-
-
-def refused(result, *parts):
-    code, _, err = result
-    line = err.split("\r")[-1]
-    assert code == 2, err
-    assert line.startswith("error: ") and line.count("\n") == 1, line
-    assert all(part in line for part in parts), line
 
 
 def export_klvae(folder, change=lambda model: None, **args):

@@ -1,31 +1,21 @@
 """``python train.py`` as a user types it."""
 
 import os
-import runpy
 import signal
-import sys
 import time
+from functools import partial
 
 import pytest
 
-from tiny_models.runs import ROOT, read_state, start_process, tiny_yaml
+from tiny_models.runs import read_state, start_process, tiny_yaml
 from vistok.checkpoint import load_tokenizer
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(run_script):
     """Runs train.py in this process; gives exit code, stdout and stderr."""
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return run
+    return partial(run_script, "train.py")
 
 
 @pytest.mark.parametrize(

@@ -81,3 +81,12 @@ def start_process(*command: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def refused(result: tuple[int, str, str], *parts: str) -> None:
+    """Check exit code, stdout and stderr of a command line that has said no, in one line that has all ``parts``."""
+    code, _, err = result
+    line = err.split("\r")[-1]  # what stands before is a progress bar, wiped
+    assert code == 2, err
+    assert line.startswith("error: ") and line.count("\n") == 1 and line.endswith("\n"), err
+    assert all(part in line for part in parts), line
